@@ -1,0 +1,1 @@
+"""Evidence without a GPU: the PTX executor, the offline compiler, the SASS analyser."""
