@@ -1,0 +1,205 @@
+"""The float64 oracle of adaptive KL, and the authors' own computation.
+
+`reference_adaptive_kl` spells the definition out with a full sort and every intermediate kept, to
+be read beside the formulas; `authors_adaptive_kl` is the published fp32 code, the baseline of every
+comparison.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Head = Literal["exclusive", "inclusive"]
+Ties = Literal["stable", "average"]
+
+
+class ReferenceResult(NamedTuple):
+    """Every intermediate of the loss, float64, one entry per row unless said otherwise.
+
+    With a fixed weight there is no head: g_head, g_tail, head_mass and head_size are NaN and `head`
+    is all False.
+    """
+
+    forward_kl: Tensor  # [N] KL(teacher || student)
+    reverse_kl: Tensor  # [N] KL(student || teacher)
+    gap: Tensor  # [N] sum |p - q|
+    g_head: Tensor  # [N] its share inside the head
+    g_tail: Tensor  # [N] its share outside
+    head_weight: Tensor  # [N] w, the weight of forward_kl
+    head_mass: Tensor  # [N] teacher mass of the head
+    head_size: Tensor  # [N] number of tokens in the head
+    head: Tensor  # [N, V] bool; for ties="average" float64, k/n in the split group
+    loss: Tensor  # [N]
+    grad: Tensor  # [N, V_s] dloss/dstudent_logits with w constant
+
+
+def reference_adaptive_kl(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    mu: float = 0.5,
+    temperature: float = 1.0,
+    head: Head = "exclusive",
+    ties: Ties = "stable",
+    weight: float | None = None,
+) -> ReferenceResult:
+    """Adaptive KL per row in float64, with its closed-form gradient.
+
+    Math:
+        p = softmax(t/T), q = softmax(s/T), u = ln p - ln q, K = the tokens finite on both sides
+        forward_kl = sum_K p u, reverse_kl = -sum_K q u, gap = sum |p - q| = g_head + g_tail
+        w = g_head / gap (1/2 where gap = 0), or `weight`
+        loss = w forward_kl + (1 - w) reverse_kl
+        T dloss/ds_j = w (P_K q_j - [j in K] p_j)
+                     + (1 - w) q_j ([j in K] (1 - u_j) - reverse_kl - Q_K)
+        with P_K = sum_K p and Q_K = sum_K q.
+    Shape:
+        student_logits [N, V_s], teacher_logits [N, V_t]. What the shorter side lacks is -inf there.
+    Dtype:
+        Any floating dtype, also mixed; everything is computed and returned in float64.
+    A row with NaN or +inf, or all -inf, on either side is NaN throughout.
+
+    Reference:
+        Wu et al., "Rethinking Kullback-Leibler Divergence in Knowledge Distillation for Large
+        Language Models", arXiv 2404.02657.
+    Example:
+        >>> teacher = torch.tensor([[0.6, 0.3, 0.1]]).log()
+        >>> student = torch.tensor([[0.4, 0.4, 0.2]]).log()
+        >>> result = reference_adaptive_kl(student, teacher)
+        >>> round(result.head_weight.item(), 6), result.head.tolist()
+        (0.5, [[True, False, False]])
+    """
+    student, teacher = shared_vocabulary(student_logits.detach(), teacher_logits.detach())
+    log_p = torch.log_softmax(teacher / temperature, dim=-1)
+    log_q = torch.log_softmax(student / temperature, dim=-1)
+    p, q = log_p.exp(), log_q.exp()
+
+    kept = (teacher > -torch.inf) & (student > -torch.inf)
+    u = torch.where(kept, log_p - log_q, 0.0)
+    forward_kl = (p * u).sum(-1)
+    reverse_kl = -(q * u).sum(-1)
+    distance = (p - q).abs()
+    gap = distance.sum(-1)
+
+    if weight is None:
+        order = teacher.argsort(dim=-1, descending=True, stable=True)
+        size = head_size(p, order, mu, head)
+        members = head_members(teacher, order, size, ties)
+        g_head = (members * distance).sum(-1)
+        head_mass = (members * p).sum(-1)
+        # Summed apart from g_head: gap - g_head would cancel.
+        g_tail = ((1.0 - members.double()) * distance).sum(-1)
+        w = torch.where(gap == 0.0, 0.5, g_head / gap)
+        size_of_row = size.double()
+    else:
+        members = torch.zeros_like(p, dtype=torch.bool)
+        g_head = g_tail = head_mass = size_of_row = torch.full_like(gap, torch.nan)
+        w = torch.full_like(gap, weight)
+
+    loss = w * forward_kl + (1.0 - w) * reverse_kl
+    p_kept = (p * kept).sum(-1, keepdim=True)
+    q_kept = (q * kept).sum(-1, keepdim=True)
+    of_forward = p_kept * q - p * kept
+    of_reverse = q * (kept * (1.0 - u) - reverse_kl[:, None] - q_kept)
+    grad = (w[:, None] * of_forward + (1.0 - w[:, None]) * of_reverse) / temperature
+
+    # A broken side may hide behind an empty K, whose sums are 0; its softmax is NaN in every entry.
+    broken = p[:, 0].isnan() | q[:, 0].isnan()
+
+    def nan_where_broken(row: Tensor) -> Tensor:
+        return row.masked_fill(broken, torch.nan)
+
+    return ReferenceResult(
+        forward_kl=nan_where_broken(forward_kl),
+        reverse_kl=nan_where_broken(reverse_kl),
+        gap=nan_where_broken(gap),
+        g_head=nan_where_broken(g_head),
+        g_tail=nan_where_broken(g_tail),
+        head_weight=nan_where_broken(w),
+        head_mass=nan_where_broken(head_mass),
+        head_size=nan_where_broken(size_of_row),
+        head=members.masked_fill(broken[:, None], 0),
+        loss=nan_where_broken(loss),
+        grad=grad.masked_fill(broken[:, None], torch.nan)[:, : student_logits.shape[-1]],
+    )
+
+
+def shared_vocabulary(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """Both as [N, max(V_s, V_t)] float64; the entries that one side lacks are -inf."""
+    vocabulary = max(student.shape[-1], teacher.shape[-1])
+
+    def pad(x: Tensor) -> Tensor:
+        return F.pad(x.double(), (0, vocabulary - x.shape[-1]), value=-torch.inf)
+
+    return pad(student), pad(teacher)
+
+
+def head_size(p: Tensor, order: Tensor, mu: float, head: Head) -> Tensor:
+    """[N] int64: how many tokens of `order` (teacher logit descending, index ascending) are taken.
+
+    The tie rule has no say here: tied tokens have the same mass, whatever their order.
+    """
+    mass = p.gather(-1, order).cumsum(-1)
+    if head == "exclusive":
+        return (mass <= mu).sum(-1).clamp(min=1)
+    return (mass < mu).sum(-1).add(1).clamp(max=p.shape[-1])
+
+
+def head_members(teacher: Tensor, order: Tensor, size: Tensor, ties: Ties) -> Tensor:
+    """[N, V] membership of the head of `size` tokens: bool for stable ties, else float64."""
+    if ties == "stable":
+        taken_in_order = torch.arange(order.shape[-1], device=order.device) < size[:, None]
+        return torch.zeros_like(taken_in_order).scatter_(-1, order, taken_in_order)
+    # [N, 1] logit of the last token taken; whatever ties with it shares its group's seats.
+    last = teacher.gather(-1, order.gather(-1, size[:, None] - 1))
+    above, tied = teacher > last, teacher == last
+    taken = size - above.sum(-1)
+    return above + tied * (taken / tied.sum(-1))[:, None]
+
+
+def authors_adaptive_kl(student_logits: Tensor, teacher_logits: Tensor, mu: float = 0.5) -> Tensor:
+    """The authors' published computation as it is meant: full sort, gather and cumsum in fp32.
+
+    Their AKL.py replaces -inf by 0 before it weighs head against tail, which gives a forbidden
+    token e^0: not repeated here. The sums skip infinite logits, as theirs do.
+
+    Shape:
+        Both [..., V]; gives the mean over all rows. Differentiable in student_logits by autograd,
+        with the weights held constant.
+    Reference:
+        AKL.py of https://github.com/wutaiqiang/LLM_KD_AKL
+    """
+    head_weight, tail_weight = _authors_weights(student_logits, teacher_logits, mu)
+    infinite = torch.isinf(student_logits) | torch.isinf(teacher_logits)
+    forward_kl = _authors_kl(teacher_logits, student_logits, infinite)
+    reverse_kl = _authors_kl(student_logits, teacher_logits, infinite)
+    return (head_weight * forward_kl).mean() + (tail_weight * reverse_kl).mean()
+
+
+def _authors_weights(
+    student_logits: Tensor, teacher_logits: Tensor, mu: float
+) -> tuple[Tensor, Tensor]:
+    teacher_probs = F.softmax(teacher_logits, dim=-1, dtype=torch.float32)
+    student_probs = F.softmax(student_logits, dim=-1, dtype=torch.float32).detach()
+    sorted_teacher, order = teacher_probs.sort(dim=-1, descending=True)
+    sorted_student = student_probs.gather(dim=-1, index=order)
+    errors = torch.abs(sorted_teacher - sorted_student)
+    in_tail = torch.cumsum(sorted_teacher, dim=-1) > mu
+    in_tail[..., 0] = False
+    g_head = torch.masked_fill(errors, in_tail, 0.0).sum(dim=-1)
+    g_tail = torch.masked_fill(errors, ~in_tail, 0.0).sum(dim=-1)
+    return g_head / (g_head + g_tail), g_tail / (g_head + g_tail)
+
+
+def _authors_kl(target_logits: Tensor, logits: Tensor, infinite: Tensor) -> Tensor:
+    """KL(target || other) per row, with both logarithms taken anew, as the authors do."""
+    target_probs = F.softmax(target_logits, dim=-1, dtype=torch.float32)
+    target_logprobs = F.log_softmax(target_logits, dim=-1, dtype=torch.float32)
+    logprobs = F.log_softmax(logits, dim=-1, dtype=torch.float32)
+    entropy = torch.masked_fill(target_probs * target_logprobs, infinite, 0.0).sum(dim=-1)
+    cross = torch.masked_fill(target_probs * logprobs, infinite, 0.0).sum(dim=-1)
+    return entropy - cross
