@@ -10,17 +10,20 @@
 Launches work unchanged: autotuned kernels, autograd functions, custom ops.  See README.md.
 """
 
-from .driver import Counters, CpuDriver, active, install, uninstall
+from .driver import Counters, CpuDriver, Launch, active, install, uninstall
 from .execute import Executable, load
+from .memory import virtual_tensor
 from .parse import PtxError
 
 __all__ = [
     "Counters",
     "CpuDriver",
     "Executable",
+    "Launch",
     "PtxError",
     "active",
     "install",
     "load",
     "uninstall",
+    "virtual_tensor",
 ]
