@@ -1,0 +1,163 @@
+"""Stage B, divergence: both KL sums, the gap and its head share, with both normalisers known.
+
+    u_i = ln p_i - ln q_i
+    forward_kl = sum p_i u_i        reverse_kl = -sum q_i u_i
+    gap = sum |p_i - q_i|           g_head = the same over the head
+    w = g_head / gap                loss = w forward_kl + (1 - w) reverse_kl
+
+The sums run on logarithms to base 2 that are off by a constant of the row, the rounding of its lse
+(`Normaliser`); the constant is put back exactly at the end. A token that is -inf on either side counts
+in the gap and adds nothing to the KL sums. Full blocks do not look for it: it makes a sum infinite or
+NaN, and such a row is swept again with the edge block's code everywhere.
+"""
+
+import triton
+import triton.language as tl
+
+from .rows import LOWEST, edge_block, full_blocks_end, load_edge, load_full, rounded_sum
+
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def normaliser(reference, z):
+    """(lse, correction, factor): log2 p = (scale x - lse) - correction, factor = 2^-correction."""
+    lse, correction = rounded_sum(reference, tl.log2(z))
+    return lse, correction, tl.exp2(-correction)
+
+
+@triton.jit
+def next_above(x):
+    """The smallest fp32 above x."""
+    bits = x.to(tl.int32, bitcast=True)
+    key = (bits ^ ((bits >> 31) & 0x7FFFFFFF)) + 1
+    return (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def row_divergence(
+    t_row, s_row, lead, end_t, end_s, scale,
+    reference_t, z_t, reference_s, z_s,  # of stage A
+    crossing, k, cut,  # of stage R
+    weight,  # w where there is no head
+    HAS_HEAD: tl.constexpr, STABLE: tl.constexpr,
+    FORWARD: tl.constexpr, REVERSE: tl.constexpr, STATS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """(forward_kl, reverse_kl, w, gap, head_size, kept_p, kept_q, full_end): kept_p and kept_q are
+    the masses of the tokens that are finite on both sides; blocks 1 .. full_end-1 hold only such."""
+    GAP: tl.constexpr = HAS_HEAD or STATS
+    columns = tl.arange(0, BLOCK)
+    lse_t, correction_t, factor_t = normaliser(reference_t, z_t)
+    lse_s, correction_s, factor_s = normaliser(reference_s, z_s)
+    shift = correction_s - correction_t  # what u lacks in the sweep, in base 2
+    ratio = factor_s / factor_t
+    above_crossing = next_above(crossing)
+
+    full_end = full_blocks_end(end_t, end_s, BLOCK)
+    blocks = tl.cdiv(tl.maximum(end_t, end_s), BLOCK)
+    fkl = 0.0
+    rkl = 0.0
+    gap = 0.0
+    g_head = 0.0
+    g_ties = 0.0
+    ties = 0.0
+    size = 0.0
+    dropped_p = 0.0
+    dropped_q = 0.0
+    sweeps = 2
+    while sweeps > 0:
+        sum_f = tl.zeros((BLOCK,), tl.float32)
+        sum_r = tl.zeros((BLOCK,), tl.float32)
+        sum_gap = tl.zeros((BLOCK,), tl.float32)
+        sum_head = tl.zeros((BLOCK,), tl.float32)
+        sum_ties = tl.zeros((BLOCK,), tl.float32)
+        count_head = tl.zeros((BLOCK,), tl.float32)
+        count_ties = tl.zeros((BLOCK,), tl.float32)
+        lost_p = tl.zeros((BLOCK,), tl.float32)
+        lost_q = tl.zeros((BLOCK,), tl.float32)
+        for block in range(1, full_end):
+            offsets = block * BLOCK + columns
+            t = load_full(t_row, offsets)
+            s = load_full(s_row, offsets)
+            log_p = t * scale - lse_t
+            log_q = s * scale - lse_s
+            p = tl.exp2(log_p)
+            q = tl.exp2(log_q)
+            u = log_p - log_q
+            if FORWARD:
+                sum_f += p * u
+            if REVERSE:
+                sum_r += q * u
+            if GAP:
+                distance = tl.abs(p - ratio * q)
+                sum_gap += distance
+            if HAS_HEAD:
+                least = tl.where((block + 1) * BLOCK <= cut, crossing, above_crossing)
+                sum_head += tl.where(t >= least, distance, 0.0)
+                if STATS:
+                    count_head += (t > crossing).to(tl.float32)
+                if not STABLE:
+                    sum_ties += tl.where(t == crossing, distance, 0.0)
+                    count_ties += (t == crossing).to(tl.float32)
+        for edge in range(0, 1 + tl.maximum(blocks - full_end, 0)):
+            block = edge_block(edge, full_end)
+            offsets = block * BLOCK + columns
+            t = load_edge(t_row, offsets, lead, end_t)
+            s = load_edge(s_row, offsets, lead, end_s)
+            log_p = t * scale - lse_t
+            log_q = s * scale - lse_s
+            p = tl.exp2(log_p)
+            q = tl.exp2(log_q)
+            kept = (t > float("-inf")) & (s > float("-inf"))
+            u = tl.where(kept, tl.maximum(log_p, LOWEST) - tl.maximum(log_q, LOWEST), 0.0)
+            lost_p += tl.where(kept, 0.0, p)
+            lost_q += tl.where(kept, 0.0, q)
+            if FORWARD:
+                sum_f += p * u
+            if REVERSE:
+                sum_r += q * u
+            if GAP:
+                distance = tl.abs(p - ratio * q)
+                sum_gap += distance
+            if HAS_HEAD:
+                least = tl.where((block + 1) * BLOCK <= cut, crossing, above_crossing)
+                sum_head += tl.where(t >= least, distance, 0.0)
+                if STATS:
+                    count_head += (t > crossing).to(tl.float32)
+                if not STABLE:
+                    sum_ties += tl.where(t == crossing, distance, 0.0)
+                    count_ties += (t == crossing).to(tl.float32)
+        fkl = tl.sum(sum_f, axis=0)
+        rkl = tl.sum(sum_r, axis=0)
+        gap = tl.sum(sum_gap, axis=0)
+        g_head = tl.sum(sum_head, axis=0)
+        g_ties = tl.sum(sum_ties, axis=0)
+        ties = tl.sum(count_ties, axis=0)
+        size = tl.sum(count_head, axis=0)
+        dropped_p = tl.sum(lost_p, axis=0)
+        dropped_q = tl.sum(lost_q, axis=0)
+        sweeps -= 1
+        if tl.abs(fkl) + tl.abs(rkl) < float("inf"):
+            sweeps = 0
+        elif sweeps > 0:
+            full_end = 1
+
+    if HAS_HEAD:
+        if STABLE:
+            # The block in which the cut lies was swept without its ties.
+            offsets = cut // BLOCK * BLOCK + columns
+            t = load_edge(t_row, offsets, lead, end_t)
+            s = load_edge(s_row, offsets, lead, end_s)
+            distance = tl.abs(tl.exp2(t * scale - lse_t) - ratio * tl.exp2(s * scale - lse_s))
+            g_head += tl.sum(tl.where((t == crossing) & (offsets < cut), distance, 0.0), axis=0)
+        else:
+            k = tl.minimum(k, ties)
+            g_head += g_ties * (k / tl.maximum(ties, 1.0))
+        size += k
+        weight = tl.where(gap == 0.0, 0.5, g_head / gap)
+    kept_p = 1.0 - factor_t * dropped_p
+    kept_q = 1.0 - factor_s * dropped_q
+    fkl = LN2 * (factor_t * fkl + shift * kept_p)
+    rkl = -LN2 * (factor_s * rkl + shift * kept_q)
+    return fkl, rkl, weight, factor_t * gap, size, kept_p, kept_q, full_end

@@ -1,0 +1,64 @@
+"""Stage C, gradient of the loss with respect to the student logits, w held constant.
+
+    dL/ds_j = (w (kept_p q_j - p_j) + (1 - w) q_j (1 - u_j - reverse_kl - kept_q)) / T
+    dL/ds_j = q_j (w kept_p - (1 - w) (reverse_kl + kept_q)) / T        where t_j or s_j is -inf
+
+With everything that is constant in a row folded into five coefficients this is
+
+    ds_j = q_j (slope (log2 p_j - log2 q_j) + offset) - teacher p_j     or      q_j lost
+"""
+
+import triton
+import triton.language as tl
+
+from .divergence import LN2, normaliser
+from .rows import LOWEST, edge_block, load_edge, load_full
+
+
+@triton.jit
+def gradient_coefficients(
+    reference_t, z_t, reference_s, z_s, weight, reverse_kl, kept_p, kept_q, inverse_temperature
+):
+    """(lse_t, lse_s, slope, offset, teacher, lost) of the formulas above."""
+    lse_t, correction_t, factor_t = normaliser(reference_t, z_t)
+    lse_s, correction_s, factor_s = normaliser(reference_s, z_s)
+    rest = 1.0 - weight
+    common = weight * kept_p - rest * (reverse_kl + kept_q)
+    student = factor_s * inverse_temperature
+    slope = -rest * LN2 * student
+    offset = (common + rest - rest * LN2 * (correction_s - correction_t)) * student
+    return lse_t, lse_s, slope, offset, weight * factor_t * inverse_temperature, common * student
+
+
+@triton.jit
+def row_gradient(
+    ds_row,  # gradient of the row, offset 0; may be s_row
+    t_row, s_row, lead, end_t, end_s, scale, full_end,
+    lse_t, lse_s, slope, offset, teacher, lost,
+    REVERSE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Write ds of one row; blocks 1 .. full_end-1 are finite on both sides."""
+    columns = tl.arange(0, BLOCK)
+    for block in range(1, full_end):
+        offsets = block * BLOCK + columns
+        log_p = load_full(t_row, offsets) * scale - lse_t
+        log_q = load_full(s_row, offsets) * scale - lse_s
+        factor = offset
+        if REVERSE:
+            factor = slope * (log_p - log_q) + offset
+        ds = tl.exp2(log_q) * factor - teacher * tl.exp2(log_p)
+        tl.store(ds_row + offsets, ds.to(ds_row.dtype.element_ty))
+    for edge in range(0, 1 + tl.maximum(tl.cdiv(end_s, BLOCK) - full_end, 0)):
+        offsets = edge_block(edge, full_end) * BLOCK + columns
+        t = load_edge(t_row, offsets, lead, end_t)
+        s = load_edge(s_row, offsets, lead, end_s)
+        log_p = t * scale - lse_t
+        log_q = s * scale - lse_s
+        q = tl.exp2(log_q)
+        kept = (t > float("-inf")) & (s > float("-inf"))
+        u = tl.maximum(log_p, LOWEST) - tl.maximum(log_q, LOWEST)
+        both = q * (slope * u + offset) - teacher * tl.exp2(log_p)
+        ds = tl.where(kept, both, q * lost)
+        inside = (offsets >= lead) & (offsets < end_s)
+        tl.store(ds_row + offsets, ds.to(ds_row.dtype.element_ty), mask=inside)

@@ -1,0 +1,28 @@
+"""Which block and how many warps a vocabulary size gets: the only place that decides it."""
+
+from typing import NamedTuple
+
+
+class Launch(NamedTuple):
+    """Columns per block, and warps per row (one program)."""
+
+    BLOCK: int
+    num_warps: int
+
+
+# (largest V, launch): 8 columns a thread, so that a thread's share of bf16 is one 16-byte access.
+TABLE: tuple[tuple[float, Launch], ...] = (
+    (256, Launch(256, 1)),
+    (1024, Launch(1024, 4)),
+    (float("inf"), Launch(2048, 8)),
+)
+
+# What AKL_AUTOTUNE=1 chooses from.
+CANDIDATES: tuple[Launch, ...] = tuple(
+    Launch(block, warps) for block in (1024, 2048, 4096) for warps in (4, 8, 16)
+)
+
+
+def launch_for(vocabulary: int) -> Launch:
+    """The table's launch for rows of this many columns."""
+    return next(launch for largest, launch in TABLE if vocabulary <= largest)

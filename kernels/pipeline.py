@@ -1,0 +1,318 @@
+"""The four stages composed into kernels, one row a program, and their launchers.
+
+    forward                 A R B      loss, 8 floats a row for the backward, statistics if asked for
+    backward                C          gradient from the logits and those 8 floats
+    forward_with_gradient   A R B C    both in one launch; the gradient may overwrite the student
+
+Nothing of size [N, V] is allocated here: outputs come from the caller.
+"""
+
+import contextlib
+import os
+
+import torch
+import triton
+import triton.language as tl
+
+from .divergence import row_divergence
+from .gradient import gradient_coefficients, row_gradient
+from .head import head_boundary
+from .launch_table import CANDIDATES, launch_for
+from .rows import row_lead, row_pointer
+from .statistics import row_statistics
+
+LOG2E = 1.4426950408889634
+STATE_WIDTH = tl.constexpr(8)
+STATS_WIDTH = tl.constexpr(6)
+
+
+@triton.jit(do_not_specialize=["base_lead"])
+def forward_kernel(
+    s_ptr,  # [N, V_s] student logits
+    t_ptr,  # [N, V_t] teacher logits
+    counted_ptr,  # [N] bool, rows that count (HAS_MASK)
+    loss_ptr,  # [N] fp32
+    state_ptr,  # [N, 8] fp32, what the backward needs (not HAS_GRADIENT)
+    stats_ptr,  # [N, 6] fp32: forward_kl, reverse_kl, head weight, mass, size, gap (STATS)
+    ds_ptr,  # [N, V_s] gradient (HAS_GRADIENT), may be s_ptr
+    upstream_ptr,  # [N] fp32, dL/dloss (HAS_GRADIENT)
+    stride_s, stride_t, stride_ds, stride_upstream,
+    V_s, V_t, base_lead,
+    scale,  # log2(e) / T
+    inverse_temperature,
+    mu,
+    weight,  # w where there is no head
+    HAS_HEAD: tl.constexpr, INCLUSIVE: tl.constexpr, STABLE: tl.constexpr,
+    FORWARD: tl.constexpr, REVERSE: tl.constexpr, STATS: tl.constexpr,
+    HAS_MASK: tl.constexpr, HAS_GRADIENT: tl.constexpr,
+    HAS_LEAD: tl.constexpr, S_ALIGNED: tl.constexpr, DS_ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """loss = w KL(p || q) + (1 - w) KL(q || p) of one row, w = g_head / gap or given."""
+    row = tl.program_id(0).to(tl.int64)  # N * V overflows int32 at LLM vocabularies
+    lead = 0
+    if HAS_LEAD:
+        lead = row_lead(base_lead, row, stride_t)
+    counts = True
+    if HAS_MASK:
+        counts = tl.load(counted_ptr + row) != 0
+    if counts:
+        t_row = row_pointer(t_ptr, row, stride_t, lead, True)
+        s_row = row_pointer(s_ptr, row, stride_s, lead, S_ALIGNED)
+        end_t = lead + V_t
+        end_s = lead + V_s
+        reference_t, z_t, reference_s, z_s, slots = row_statistics(
+            t_row, s_row, lead, end_t, end_s, scale, BLOCK
+        )
+        crossing, mass, k, each, cut = 0.0, float("nan"), float("nan"), 0.0, 0
+        if HAS_HEAD:
+            crossing, mass, k, each, cut = head_boundary(
+                t_row, lead, end_t, scale, reference_t, z_t, slots, mu, INCLUSIVE, STABLE, BLOCK
+            )
+        forward_kl, reverse_kl, w, gap, size, kept_p, kept_q, full_end = row_divergence(
+            t_row, s_row, lead, end_t, end_s, scale, reference_t, z_t, reference_s, z_s,
+            crossing, k, cut, weight, HAS_HEAD, STABLE, FORWARD, REVERSE, STATS, BLOCK,
+        )  # fmt: skip
+        loss = 0.0
+        if FORWARD:
+            loss += w * forward_kl
+        if REVERSE:
+            loss += (1.0 - w) * reverse_kl
+        tl.store(loss_ptr + row, loss)
+        if STATS:
+            stats = stats_ptr + row * STATS_WIDTH
+            tl.store(stats + 0, forward_kl)
+            tl.store(stats + 1, reverse_kl)
+            tl.store(stats + 2, w)
+            tl.store(stats + 3, mass + k * each)
+            tl.store(stats + 4, size)
+            tl.store(stats + 5, gap)
+        lse_t, lse_s, slope, offset, teacher, lost = gradient_coefficients(
+            reference_t, z_t, reference_s, z_s, w, reverse_kl, kept_p, kept_q, inverse_temperature
+        )
+        if HAS_GRADIENT:
+            g = tl.load(upstream_ptr + row * stride_upstream)
+            row_gradient(
+                row_pointer(ds_ptr, row, stride_ds, lead, DS_ALIGNED),
+                t_row, s_row, lead, end_t, end_s, scale, full_end,
+                lse_t, lse_s, g * slope, g * offset, g * teacher, g * lost, REVERSE, BLOCK,
+            )  # fmt: skip
+        else:
+            state = state_ptr + row * STATE_WIDTH
+            tl.store(state + 0, lse_t)
+            tl.store(state + 1, lse_s)
+            tl.store(state + 2, slope)
+            tl.store(state + 3, offset)
+            tl.store(state + 4, teacher)
+            tl.store(state + 5, lost)
+            tl.store(state + 6, full_end.to(tl.float32))
+    else:
+        tl.store(loss_ptr + row, 0.0)
+        if STATS:
+            for i in tl.static_range(STATS_WIDTH):
+                tl.store(stats_ptr + row * STATS_WIDTH + i, 0.0)
+        if HAS_GRADIENT:
+            _zero_row(ds_ptr + row * stride_ds, V_s, BLOCK)
+
+
+@triton.jit(do_not_specialize=["base_lead"])
+def backward_kernel(
+    ds_ptr,  # [N, V_s] gradient, may be s_ptr
+    s_ptr,  # [N, V_s] student logits
+    t_ptr,  # [N, V_t] teacher logits
+    counted_ptr,  # [N] bool (HAS_MASK)
+    state_ptr,  # [N, 8] fp32 of forward_kernel
+    upstream_ptr,  # [N] fp32
+    stride_s, stride_t, stride_ds, stride_upstream,
+    V_s, V_t, base_lead, scale,
+    REVERSE: tl.constexpr, HAS_MASK: tl.constexpr,
+    HAS_LEAD: tl.constexpr, S_ALIGNED: tl.constexpr, DS_ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """ds = upstream * dloss/ds of one row."""
+    row = tl.program_id(0).to(tl.int64)
+    lead = 0
+    if HAS_LEAD:
+        lead = row_lead(base_lead, row, stride_t)
+    counts = True
+    if HAS_MASK:
+        counts = tl.load(counted_ptr + row) != 0
+    if counts:
+        g = tl.load(upstream_ptr + row * stride_upstream)
+        state = state_ptr + row * STATE_WIDTH
+        row_gradient(
+            row_pointer(ds_ptr, row, stride_ds, lead, DS_ALIGNED),
+            row_pointer(t_ptr, row, stride_t, lead, True),
+            row_pointer(s_ptr, row, stride_s, lead, S_ALIGNED),
+            lead, lead + V_t, lead + V_s, scale, tl.load(state + 6).to(tl.int32),
+            tl.load(state + 0), tl.load(state + 1), g * tl.load(state + 2),
+            g * tl.load(state + 3), g * tl.load(state + 4), g * tl.load(state + 5), REVERSE, BLOCK,
+        )  # fmt: skip
+    else:
+        _zero_row(ds_ptr + row * stride_ds, V_s, BLOCK)
+
+
+@triton.jit
+def rescale_kernel(
+    x_ptr,  # [N, V]
+    factor_ptr,  # [N] fp32
+    stride_x, stride_factor, V,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """x[n] *= factor[n]; a row whose factor is 1 is not read, which spares the host from asking."""
+    row = tl.program_id(0).to(tl.int64)
+    factor = tl.load(factor_ptr + row * stride_factor)
+    if factor != 1.0:
+        for start in range(0, V, BLOCK):
+            offsets = start + tl.arange(0, BLOCK)
+            x = x_ptr + row * stride_x + offsets
+            value = tl.load(x, mask=offsets < V).to(tl.float32) * factor
+            tl.store(x, value.to(x_ptr.dtype.element_ty), mask=offsets < V)
+
+
+@triton.jit
+def _zero_row(row_ptr, V, BLOCK: tl.constexpr):
+    """row = 0."""
+    columns = tl.arange(0, BLOCK)
+    for start in range(0, V, BLOCK):
+        zero = tl.zeros((BLOCK,), row_ptr.dtype.element_ty)
+        tl.store(row_ptr + start + columns, zero, mask=start + columns < V)
+
+
+def forward(
+    student: torch.Tensor,  # [N, V_s] fp32 | bf16 | fp16, unit stride in V
+    teacher: torch.Tensor,  # [N, V_t]
+    counted: torch.Tensor | None,  # [N] bool
+    loss: torch.Tensor,  # [N] fp32
+    state: torch.Tensor | None,  # [N, 8] fp32, or None with a gradient
+    stats: torch.Tensor | None,  # [N, 6] fp32, or None where nobody asks
+    *,
+    mu: float,
+    temperature: float,
+    inclusive: bool,
+    stable: bool,
+    weight: float | None,  # None: adaptive
+    gradient: torch.Tensor | None = None,  # [N, V_s] student's dtype; may be student itself
+    upstream: torch.Tensor | None = None,  # [N] fp32, any stride
+) -> None:
+    """Launch A R B, and C where a gradient is given."""
+    written = student if gradient is None else gradient
+    arguments = _addressing(student, teacher, written)
+    with _device_of(student):
+        _forward[(student.shape[0],)](
+            s_ptr=student,
+            t_ptr=teacher,
+            counted_ptr=counted,
+            loss_ptr=loss,
+            state_ptr=state,
+            stats_ptr=stats,
+            ds_ptr=gradient,
+            upstream_ptr=upstream,
+            stride_upstream=0 if upstream is None else upstream.stride(0),
+            scale=LOG2E / temperature,
+            inverse_temperature=1.0 / temperature,
+            mu=mu,
+            weight=0.0 if weight is None else weight,
+            HAS_HEAD=weight is None,
+            INCLUSIVE=inclusive,
+            STABLE=stable,
+            FORWARD=weight != 0.0 or stats is not None,
+            REVERSE=weight != 1.0 or stats is not None,
+            STATS=stats is not None,
+            HAS_MASK=counted is not None,
+            HAS_GRADIENT=gradient is not None,
+            **arguments,
+        )
+
+
+def backward(
+    gradient: torch.Tensor,  # [N, V_s] student's dtype; may be student itself
+    student: torch.Tensor,  # [N, V_s]
+    teacher: torch.Tensor,  # [N, V_t]
+    counted: torch.Tensor | None,  # [N] bool
+    state: torch.Tensor,  # [N, 8] fp32 of forward
+    upstream: torch.Tensor,  # [N] fp32, any stride
+    *,
+    temperature: float,
+    reverse: bool,  # False where w is 1
+) -> None:
+    """Launch C."""
+    with _device_of(student):
+        _backward[(student.shape[0],)](
+            ds_ptr=gradient,
+            s_ptr=student,
+            t_ptr=teacher,
+            counted_ptr=counted,
+            state_ptr=state,
+            upstream_ptr=upstream,
+            stride_upstream=upstream.stride(0),
+            scale=LOG2E / temperature,
+            REVERSE=reverse,
+            HAS_MASK=counted is not None,
+            **_addressing(student, teacher, gradient),
+        )
+
+
+def rescale(
+    rows: torch.Tensor,  # [N, V]
+    factor: torch.Tensor,  # [N] fp32, any stride
+) -> None:
+    """Launch rows *= factor, in place."""
+    launch = launch_for(rows.shape[1])
+    with _device_of(rows):
+        rescale_kernel[(rows.shape[0],)](
+            x_ptr=rows,
+            factor_ptr=factor,
+            stride_x=rows.stride(0),
+            stride_factor=factor.stride(0),
+            V=rows.shape[1],
+            BLOCK=launch.BLOCK,
+            num_warps=launch.num_warps,
+        )
+
+
+def _addressing(student, teacher, gradient) -> dict:
+    """Strides, sizes, alignment and the launch; tensors that share the teacher's offset from 16-byte
+    boundaries in every row are read and written 16 bytes at a time."""
+    lead = _lead(teacher)
+    arguments = {
+        "stride_s": student.stride(0),
+        "stride_t": teacher.stride(0),
+        "stride_ds": gradient.stride(0),
+        "V_s": student.shape[1],
+        "V_t": teacher.shape[1],
+        "base_lead": lead[0],
+        "HAS_LEAD": lead != (0, 0),
+        "S_ALIGNED": _lead(student) == lead,
+        "DS_ALIGNED": _lead(gradient) == lead,
+    }
+    if not _AUTOTUNE:
+        arguments |= launch_for(max(student.shape[1], teacher.shape[1]))._asdict()
+    return arguments
+
+
+def _lead(logits) -> tuple[int, int]:
+    """Where rows stand between 16-byte boundaries (of 2-byte elements): the first, and the step."""
+    return logits.data_ptr() // logits.element_size() % 8, logits.stride(0) % 8
+
+
+def _device_of(tensor):
+    """Make the tensor's device current: Triton launches there."""
+    if tensor.device.type == "cpu":
+        return contextlib.nullcontext()
+    return torch.get_device_module(tensor.device).device(tensor.device)
+
+
+_AUTOTUNE = os.environ.get("AKL_AUTOTUNE") == "1"
+
+
+def _tuned(kernel):
+    """The kernel, timed over CANDIDATES for each pair of vocabulary sizes if AKL_AUTOTUNE=1."""
+    if not _AUTOTUNE:
+        return kernel
+    configs = [triton.Config({"BLOCK": c.BLOCK}, num_warps=c.num_warps) for c in CANDIDATES]
+    return triton.autotune(configs, key=["V_s", "V_t"], restore_value=["ds_ptr"])(kernel)
+
+
+_forward = _tuned(forward_kernel)
+_backward = _tuned(backward_kernel)

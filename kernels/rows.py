@@ -1,0 +1,68 @@
+"""How a row of logits is cut into blocks, and how a block is read.
+
+A row is walked in blocks of BLOCK columns. So that every block but a few starts on a 16-byte boundary,
+columns are counted from `lead` elements before the row: column i of the vocabulary stands at offset
+lead + i, and 0 <= lead < 8 makes offset 0 aligned (V = 50,257 puts 7 rows of 8 off the boundary).
+
+    block    0        1 .. full-1     full .. blocks-1
+    kind     edge     full            edge
+             masked   no mask         masked, and one side's extra vocabulary
+"""
+
+import triton
+import triton.language as tl
+
+# Rows whose sum of exponentials exceeds this are summed again from their true maximum: it keeps the
+# arguments of exp2 below 20 + log2(V), where their rounding is harmless, and far from overflow.
+SUM_LIMIT = tl.constexpr(2.0**20)
+# Finite logits so negative that scaling makes them -inf are held here, to keep 0 * u finite.
+LOWEST = tl.constexpr(-1.0e37)
+
+
+@triton.jit
+def row_lead(base_lead, row, stride):
+    """Elements between the last 16-byte boundary (for 2-byte elements) and the row's start."""
+    return ((base_lead + row * stride) % 8).to(tl.int32)
+
+
+@triton.jit
+def row_pointer(ptr, row, stride, lead, ALIGNED: tl.constexpr):
+    """Address of offset 0 of a row; ALIGNED promises that it is a multiple of 16 bytes."""
+    pointer = ptr + (row * stride - lead)
+    if ALIGNED:
+        pointer = tl.multiple_of(pointer, 16)
+    return pointer
+
+
+@triton.jit
+def full_blocks_end(end_t, end_s, BLOCK: tl.constexpr):
+    """Blocks 1 .. this-1 lie inside both rows."""
+    return tl.maximum(tl.minimum(end_t, end_s) // BLOCK, 1)
+
+
+@triton.jit
+def edge_block(i, full):
+    """The i-th edge block: 0, full, full + 1, ..."""
+    return tl.where(i == 0, 0, full + i - 1)
+
+
+@triton.jit
+def load_full(row_ptr, offsets):
+    """Logits of a full block, in fp32."""
+    return tl.load(row_ptr + offsets).to(tl.float32)
+
+
+@triton.jit
+def load_edge(row_ptr, offsets, lead, end):
+    """Logits of an edge block, in fp32, -inf outside the row."""
+    inside = (offsets >= lead) & (offsets < end)
+    return tl.load(row_ptr + offsets, mask=inside, other=float("-inf")).to(tl.float32)
+
+
+@triton.jit
+def rounded_sum(a, b):
+    """a + b as fp32 and what the rounding lost (Knuth's TwoSum)."""
+    total = a + b
+    b_part = total - a
+    a_part = total - b_part
+    return total, (a - a_part) + (b - b_part)

@@ -1,0 +1,72 @@
+"""Stage A, row statistics: both softmax denominators in one sweep, and the teacher's slot maxima.
+
+    Z = sum_i 2^(scale x_i - reference)        scale = log2(e) / T, lse = reference + log2 Z
+    slots[j] = max of teacher[j], teacher[j + BLOCK], teacher[j + 2 BLOCK], ...
+
+The reference is the first block's maximum, fixed before the sweep, so that no accumulator is ever
+rescaled; a row whose sum outgrows it is summed again from its true maximum.
+"""
+
+import triton
+import triton.language as tl
+
+from .rows import SUM_LIMIT, edge_block, full_blocks_end, load_edge, load_full
+
+
+@triton.jit
+def row_statistics(
+    t_row,  # teacher logits of the row, offset 0
+    s_row,  # student logits of the row, offset 0
+    lead,
+    end_t,  # lead + V of the teacher
+    end_s,  # lead + V of the student
+    scale,
+    BLOCK: tl.constexpr,
+):
+    """(reference_t, Z_t, reference_s, Z_s, slots [BLOCK]); Z is NaN for a row that is not valid."""
+    columns = tl.arange(0, BLOCK)
+    full = full_blocks_end(end_t, end_s, BLOCK)
+    edges = 1 + tl.maximum(tl.cdiv(tl.maximum(end_t, end_s), BLOCK) - full, 0)
+
+    reference_t = scale * tl.max(load_edge(t_row, columns, lead, end_t), axis=0)
+    reference_s = scale * tl.max(load_edge(s_row, columns, lead, end_s), axis=0)
+    z_t = 0.0
+    z_s = 0.0
+    slots = tl.full((BLOCK,), float("-inf"), tl.float32)
+    sweeps = 2
+    while sweeps > 0:
+        sum_t = tl.zeros((BLOCK,), tl.float32)
+        sum_s = tl.zeros((BLOCK,), tl.float32)
+        for block in range(1, full):
+            offsets = block * BLOCK + columns
+            t = load_full(t_row, offsets)
+            s = load_full(s_row, offsets)
+            sum_t += tl.exp2(t * scale - reference_t)
+            sum_s += tl.exp2(s * scale - reference_s)
+            slots = tl.maximum(slots, t)
+        for edge in range(0, edges):
+            offsets = edge_block(edge, full) * BLOCK + columns
+            t = load_edge(t_row, offsets, lead, end_t)
+            s = load_edge(s_row, offsets, lead, end_s)
+            sum_t += tl.exp2(t * scale - reference_t)
+            sum_s += tl.exp2(s * scale - reference_s)
+            slots = tl.maximum(slots, t)
+        z_t = tl.sum(sum_t, axis=0)
+        z_s = tl.sum(sum_s, axis=0)
+        sweeps -= 1
+        if (z_t < SUM_LIMIT) & (z_s < SUM_LIMIT):  # false for NaN
+            sweeps = 0
+        elif sweeps > 0:
+            reference_t = scale * tl.max(slots, axis=0)
+            reference_s = scale * _row_max(s_row, lead, end_s, BLOCK)
+    return reference_t, z_t, reference_s, z_s, slots
+
+
+@triton.jit
+def _row_max(row, lead, end, BLOCK: tl.constexpr):
+    """max_i x_i."""
+    columns = tl.arange(0, BLOCK)
+    best = tl.full((BLOCK,), float("-inf"), tl.float32)
+    for start in range(0, end, BLOCK):
+        best = tl.maximum(best, load_edge(row, start + columns, lead, end))
+    return tl.max(best, axis=0)
