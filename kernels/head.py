@@ -214,7 +214,9 @@ def _search(
                 mass_high = tl.where(keys[i] <= high, total, mass_high)
                 high = tl.minimum(high, keys[i])
         # From here on equal parts of the bracket, by key and by value in turn.
-        step = tl.where((step == 0) | (high - low <= PIVOTS + 1), tl.cdiv(high - low, PIVOTS + 1), 0)
+        step = tl.where(
+            (step == 0) | (high - low <= PIVOTS + 1), tl.cdiv(high - low, PIVOTS + 1), 0
+        )
         first = high - step
     return value_of(low, dtype), mass_high, mass_low
 

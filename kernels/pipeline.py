@@ -18,7 +18,7 @@ from .divergence import row_divergence
 from .gradient import gradient_coefficients, row_gradient
 from .head import head_boundary
 from .launch_table import CANDIDATES, launch_for
-from .rows import row_lead, row_pointer
+from .rows import row_offset, row_pointer
 from .statistics import row_statistics
 
 LOG2E = 1.4426950408889634
@@ -26,18 +26,19 @@ STATE_WIDTH = tl.constexpr(8)
 STATS_WIDTH = tl.constexpr(6)
 
 
-@triton.jit(do_not_specialize=["base_lead"])
+@triton.jit(do_not_specialize=["base_lead", "inner", "outer_s", "outer_t", "outer_ds"])
 def forward_kernel(
-    s_ptr,  # [N, V_s] student logits
-    t_ptr,  # [N, V_t] teacher logits
+    s_ptr,  # [outer, inner, V_s] student logits, N = outer * inner rows
+    t_ptr,  # [outer, inner, V_t] teacher logits
     counted_ptr,  # [N] bool, rows that count (HAS_MASK)
     loss_ptr,  # [N] fp32
     state_ptr,  # [N, 8] fp32, what the backward needs (not HAS_GRADIENT)
     stats_ptr,  # [N, 6] fp32: forward_kl, reverse_kl, head weight, mass, size, gap (STATS)
-    ds_ptr,  # [N, V_s] gradient (HAS_GRADIENT), may be s_ptr
+    ds_ptr,  # [outer, inner, V_s] gradient (HAS_GRADIENT), may be s_ptr
     upstream_ptr,  # [N] fp32, dL/dloss (HAS_GRADIENT)
-    stride_s, stride_t, stride_ds, stride_upstream,
-    V_s, V_t, base_lead,
+    outer_s, outer_t, outer_ds, inner_s, inner_t, inner_ds,  # strides
+    stride_upstream,
+    inner, V_s, V_t, base_lead,
     scale,  # log2(e) / T
     inverse_temperature,
     mu,
@@ -49,16 +50,17 @@ def forward_kernel(
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """loss = w KL(p || q) + (1 - w) KL(q || p) of one row, w = g_head / gap or given."""
-    row = tl.program_id(0).to(tl.int64)  # N * V overflows int32 at LLM vocabularies
+    row = tl.program_id(0).to(tl.int64)
+    offset_t = row_offset(row, inner, outer_t, inner_t)
     lead = 0
     if HAS_LEAD:
-        lead = row_lead(base_lead, row, stride_t)
+        lead = ((base_lead + offset_t) % 8).to(tl.int32)
     counts = True
     if HAS_MASK:
         counts = tl.load(counted_ptr + row) != 0
     if counts:
-        t_row = row_pointer(t_ptr, row, stride_t, lead, True)
-        s_row = row_pointer(s_ptr, row, stride_s, lead, S_ALIGNED)
+        t_row = row_pointer(t_ptr, offset_t, lead, True)
+        s_row = row_pointer(s_ptr, row_offset(row, inner, outer_s, inner_s), lead, S_ALIGNED)
         end_t = lead + V_t
         end_s = lead + V_s
         reference_t, z_t, reference_s, z_s, slots = row_statistics(
@@ -93,7 +95,9 @@ def forward_kernel(
         if HAS_GRADIENT:
             g = tl.load(upstream_ptr + row * stride_upstream)
             row_gradient(
-                row_pointer(ds_ptr, row, stride_ds, lead, DS_ALIGNED),
+                row_pointer(
+                    ds_ptr, row_offset(row, inner, outer_ds, inner_ds), lead, DS_ALIGNED
+                ),
                 t_row, s_row, lead, end_t, end_s, scale, full_end,
                 lse_t, lse_s, g * slope, g * offset, g * teacher, g * lost, REVERSE, BLOCK,
             )  # fmt: skip
@@ -112,28 +116,30 @@ def forward_kernel(
             for i in tl.static_range(STATS_WIDTH):
                 tl.store(stats_ptr + row * STATS_WIDTH + i, 0.0)
         if HAS_GRADIENT:
-            _zero_row(ds_ptr + row * stride_ds, V_s, BLOCK)
+            _zero_row(ds_ptr + row_offset(row, inner, outer_ds, inner_ds), V_s, BLOCK)
 
 
-@triton.jit(do_not_specialize=["base_lead"])
+@triton.jit(do_not_specialize=["base_lead", "inner", "outer_s", "outer_t", "outer_ds"])
 def backward_kernel(
-    ds_ptr,  # [N, V_s] gradient, may be s_ptr
-    s_ptr,  # [N, V_s] student logits
-    t_ptr,  # [N, V_t] teacher logits
+    ds_ptr,  # [outer, inner, V_s] gradient, may be s_ptr
+    s_ptr,  # [outer, inner, V_s] student logits, N = outer * inner rows
+    t_ptr,  # [outer, inner, V_t] teacher logits
     counted_ptr,  # [N] bool (HAS_MASK)
     state_ptr,  # [N, 8] fp32 of forward_kernel
     upstream_ptr,  # [N] fp32
-    stride_s, stride_t, stride_ds, stride_upstream,
-    V_s, V_t, base_lead, scale,
+    outer_s, outer_t, outer_ds, inner_s, inner_t, inner_ds,  # strides
+    stride_upstream,
+    inner, V_s, V_t, base_lead, scale,
     REVERSE: tl.constexpr, HAS_MASK: tl.constexpr,
     HAS_LEAD: tl.constexpr, S_ALIGNED: tl.constexpr, DS_ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """ds = upstream * dloss/ds of one row."""
     row = tl.program_id(0).to(tl.int64)
+    offset_t = row_offset(row, inner, outer_t, inner_t)
     lead = 0
     if HAS_LEAD:
-        lead = row_lead(base_lead, row, stride_t)
+        lead = ((base_lead + offset_t) % 8).to(tl.int32)
     counts = True
     if HAS_MASK:
         counts = tl.load(counted_ptr + row) != 0
@@ -141,22 +147,22 @@ def backward_kernel(
         g = tl.load(upstream_ptr + row * stride_upstream)
         state = state_ptr + row * STATE_WIDTH
         row_gradient(
-            row_pointer(ds_ptr, row, stride_ds, lead, DS_ALIGNED),
-            row_pointer(t_ptr, row, stride_t, lead, True),
-            row_pointer(s_ptr, row, stride_s, lead, S_ALIGNED),
+            row_pointer(ds_ptr, row_offset(row, inner, outer_ds, inner_ds), lead, DS_ALIGNED),
+            row_pointer(t_ptr, offset_t, lead, True),
+            row_pointer(s_ptr, row_offset(row, inner, outer_s, inner_s), lead, S_ALIGNED),
             lead, lead + V_t, lead + V_s, scale, tl.load(state + 6).to(tl.int32),
             tl.load(state + 0), tl.load(state + 1), g * tl.load(state + 2),
             g * tl.load(state + 3), g * tl.load(state + 4), g * tl.load(state + 5), REVERSE, BLOCK,
         )  # fmt: skip
     else:
-        _zero_row(ds_ptr + row * stride_ds, V_s, BLOCK)
+        _zero_row(ds_ptr + row_offset(row, inner, outer_ds, inner_ds), V_s, BLOCK)
 
 
 @triton.jit
 def rescale_kernel(
-    x_ptr,  # [N, V]
+    x_ptr,  # [N, V], contiguous
     factor_ptr,  # [N] fp32
-    stride_x, stride_factor, V,
+    stride_factor, V,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """x[n] *= factor[n]; a row whose factor is 1 is not read, which spares the host from asking."""
@@ -164,10 +170,10 @@ def rescale_kernel(
     factor = tl.load(factor_ptr + row * stride_factor)
     if factor != 1.0:
         for start in range(0, V, BLOCK):
-            offsets = start + tl.arange(0, BLOCK)
-            x = x_ptr + row * stride_x + offsets
-            value = tl.load(x, mask=offsets < V).to(tl.float32) * factor
-            tl.store(x, value.to(x_ptr.dtype.element_ty), mask=offsets < V)
+            columns = start + tl.arange(0, BLOCK)
+            x = x_ptr + row * V + columns
+            value = tl.load(x, mask=columns < V).to(tl.float32) * factor
+            tl.store(x, value.to(x_ptr.dtype.element_ty), mask=columns < V)
 
 
 @triton.jit
@@ -180,9 +186,9 @@ def _zero_row(row_ptr, V, BLOCK: tl.constexpr):
 
 
 def forward(
-    student: torch.Tensor,  # [N, V_s] fp32 | bf16 | fp16, unit stride in V
-    teacher: torch.Tensor,  # [N, V_t]
-    counted: torch.Tensor | None,  # [N] bool
+    student: torch.Tensor,  # [outer, inner, V_s] fp32 | bf16 | fp16, unit stride in V
+    teacher: torch.Tensor,  # [outer, inner, V_t]
+    counted: torch.Tensor | None,  # [N] bool, N = outer * inner
     loss: torch.Tensor,  # [N] fp32
     state: torch.Tensor | None,  # [N, 8] fp32, or None with a gradient
     stats: torch.Tensor | None,  # [N, 6] fp32, or None where nobody asks
@@ -192,14 +198,12 @@ def forward(
     inclusive: bool,
     stable: bool,
     weight: float | None,  # None: adaptive
-    gradient: torch.Tensor | None = None,  # [N, V_s] student's dtype; may be student itself
+    gradient: torch.Tensor | None = None,  # [outer, inner, V_s] student's dtype; may be student
     upstream: torch.Tensor | None = None,  # [N] fp32, any stride
 ) -> None:
     """Launch A R B, and C where a gradient is given."""
-    written = student if gradient is None else gradient
-    arguments = _addressing(student, teacher, written)
     with _device_of(student):
-        _forward[(student.shape[0],)](
+        _forward[(loss.shape[0],)](
             s_ptr=student,
             t_ptr=teacher,
             counted_ptr=counted,
@@ -221,14 +225,14 @@ def forward(
             STATS=stats is not None,
             HAS_MASK=counted is not None,
             HAS_GRADIENT=gradient is not None,
-            **arguments,
+            **_addressing(student, teacher, student if gradient is None else gradient),
         )
 
 
 def backward(
-    gradient: torch.Tensor,  # [N, V_s] student's dtype; may be student itself
-    student: torch.Tensor,  # [N, V_s]
-    teacher: torch.Tensor,  # [N, V_t]
+    gradient: torch.Tensor,  # [outer, inner, V_s] student's dtype; may be student itself
+    student: torch.Tensor,  # [outer, inner, V_s]
+    teacher: torch.Tensor,  # [outer, inner, V_t]
     counted: torch.Tensor | None,  # [N] bool
     state: torch.Tensor,  # [N, 8] fp32 of forward
     upstream: torch.Tensor,  # [N] fp32, any stride
@@ -238,7 +242,7 @@ def backward(
 ) -> None:
     """Launch C."""
     with _device_of(student):
-        _backward[(student.shape[0],)](
+        _backward[(upstream.shape[0],)](
             ds_ptr=gradient,
             s_ptr=student,
             t_ptr=teacher,
@@ -254,7 +258,7 @@ def backward(
 
 
 def rescale(
-    rows: torch.Tensor,  # [N, V]
+    rows: torch.Tensor,  # [N, V], contiguous
     factor: torch.Tensor,  # [N] fp32, any stride
 ) -> None:
     """Launch rows *= factor, in place."""
@@ -263,7 +267,6 @@ def rescale(
         rescale_kernel[(rows.shape[0],)](
             x_ptr=rows,
             factor_ptr=factor,
-            stride_x=rows.stride(0),
             stride_factor=factor.stride(0),
             V=rows.shape[1],
             BLOCK=launch.BLOCK,
@@ -276,24 +279,30 @@ def _addressing(student, teacher, gradient) -> dict:
     boundaries in every row are read and written 16 bytes at a time."""
     lead = _lead(teacher)
     arguments = {
-        "stride_s": student.stride(0),
-        "stride_t": teacher.stride(0),
-        "stride_ds": gradient.stride(0),
-        "V_s": student.shape[1],
-        "V_t": teacher.shape[1],
+        "outer_s": student.stride(0),
+        "outer_t": teacher.stride(0),
+        "outer_ds": gradient.stride(0),
+        "inner_s": student.stride(1),
+        "inner_t": teacher.stride(1),
+        "inner_ds": gradient.stride(1),
+        "inner": student.shape[1],
+        "V_s": student.shape[2],
+        "V_t": teacher.shape[2],
         "base_lead": lead[0],
-        "HAS_LEAD": lead != (0, 0),
+        "HAS_LEAD": any(lead),
         "S_ALIGNED": _lead(student) == lead,
         "DS_ALIGNED": _lead(gradient) == lead,
     }
     if not _AUTOTUNE:
-        arguments |= launch_for(max(student.shape[1], teacher.shape[1]))._asdict()
+        arguments |= launch_for(max(student.shape[2], teacher.shape[2]))._asdict()
     return arguments
 
 
-def _lead(logits) -> tuple[int, int]:
-    """Where rows stand between 16-byte boundaries (of 2-byte elements): the first, and the step."""
-    return logits.data_ptr() // logits.element_size() % 8, logits.stride(0) % 8
+def _lead(logits) -> tuple[int, int, int]:
+    """Where rows stand between 16-byte boundaries (of 2-byte elements): the first, and the steps."""
+    base = logits.data_ptr() // logits.element_size()
+    outer = logits.stride(0) if logits.shape[0] > 1 else 0
+    return base % 8, outer % 8, logits.stride(1) % 8
 
 
 def _device_of(tensor):

@@ -20,15 +20,15 @@ LOWEST = tl.constexpr(-1.0e37)
 
 
 @triton.jit
-def row_lead(base_lead, row, stride):
-    """Elements between the last 16-byte boundary (for 2-byte elements) and the row's start."""
-    return ((base_lead + row * stride) % 8).to(tl.int32)
+def row_offset(row, inner, stride_outer, stride_inner):
+    """Elements before row `row` of a [outer, inner, V] tensor, in int64: N * V overflows int32."""
+    return (row // inner) * stride_outer + (row % inner) * stride_inner
 
 
 @triton.jit
-def row_pointer(ptr, row, stride, lead, ALIGNED: tl.constexpr):
+def row_pointer(ptr, offset, lead, ALIGNED: tl.constexpr):
     """Address of offset 0 of a row; ALIGNED promises that it is a multiple of 16 bytes."""
-    pointer = ptr + (row * stride - lead)
+    pointer = ptr + (offset - lead)
     if ALIGNED:
         pointer = tl.multiple_of(pointer, 16)
     return pointer

@@ -1,0 +1,170 @@
+"""Every check of user input, made once at the public door, before anything is launched or written.
+
+Messages name the argument, what was expected and what came: shapes and dtypes, never values of
+tensors. Nothing here reads a tensor's data, so nothing waits for a device.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+LABEL_DTYPES = (torch.int64, torch.int32)
+
+
+def check_logits(student: Tensor, teacher: Tensor) -> None:
+    """Dtypes, devices and shapes of the two logits; the teacher must not ask for a gradient."""
+    for name, logits in (("student_logits", student), ("teacher_logits", teacher)):
+        check_tensor(name, logits)
+        if logits.dtype not in LOGIT_DTYPES:
+            raise TypeError(f"{name}: expected {_join(LOGIT_DTYPES)}, got {_describe(logits)}")
+        if logits.dim() == 0 or logits.shape[-1] == 0:
+            raise ValueError(f"{name}: expected [..., V] with V >= 1, got {_describe(logits)}")
+    if student.shape[:-1] != teacher.shape[:-1]:
+        raise ValueError(
+            "teacher_logits: expected the leading dimensions of student_logits, "
+            f"{list(student.shape[:-1])}, got {_describe(teacher)}"
+        )
+    check_device("teacher_logits", teacher, student)
+    if teacher.requires_grad:
+        raise ValueError(
+            "teacher_logits: expected a tensor that does not require grad (the teacher gets no "
+            "gradient: compute it under torch.no_grad() or pass teacher_logits.detach()), "
+            f"got {_describe(teacher)} with requires_grad=True"
+        )
+
+
+def check_labels(labels: Tensor | None, student: Tensor, shift: int, ignore_index: int) -> None:
+    """Labels have the logits' leading shape; a shift needs them, and a sequence that is longer."""
+    check_integer("ignore_index", ignore_index)
+    check_integer("shift", shift)
+    if shift < 0:
+        raise ValueError(f"shift: expected an integer >= 0, got {shift}")
+    if labels is None:
+        if shift:
+            raise ValueError(f"shift: expected 0 where labels is None, got {shift}")
+        return
+    check_tensor("labels", labels)
+    if labels.dtype not in LABEL_DTYPES:
+        raise TypeError(f"labels: expected {_join(LABEL_DTYPES)}, got {_describe(labels)}")
+    if labels.shape != student.shape[:-1]:
+        raise ValueError(
+            f"labels: expected shape {list(student.shape[:-1])}, that of student_logits without "
+            f"the vocabulary, got {_describe(labels)}"
+        )
+    check_device("labels", labels, student)
+    if shift and (labels.dim() == 0 or shift >= labels.shape[-1]):
+        raise ValueError(
+            f"shift: expected less than the sequence length of labels {_describe(labels)}, "
+            f"got {shift}"
+        )
+
+
+def check_num_items(num_items: int | Tensor | None, reduction: str, student: Tensor) -> None:
+    """A count of tokens that replaces that of this batch in the mean."""
+    if num_items is None:
+        return
+    if reduction != "mean":
+        raise ValueError(f"num_items: expected None with reduction={reduction!r}, got a count")
+    if isinstance(num_items, Tensor):
+        check_tensor("num_items", num_items)
+        if num_items.dim() != 0 or num_items.dtype in (torch.bool, torch.complex64):
+            raise ValueError(
+                f"num_items: expected an int or a 0-d tensor, got {_describe(num_items)}"
+            )
+        if num_items.device.type != "cpu":
+            check_device("num_items", num_items, student)
+        return
+    check_integer("num_items", num_items)
+    if num_items <= 0:
+        raise ValueError(f"num_items: expected > 0, got {num_items}")
+
+
+def check_inplace(student: Tensor) -> None:
+    """The student logits may be overwritten: they own all their elements and nobody's parameters."""
+    if not student.is_contiguous():
+        what = "an expanded" if 0 in student.stride() else "a non-contiguous"
+        raise ValueError(
+            f"inplace: expected contiguous student_logits, got {what} tensor {_describe(student)} "
+            f"with strides {list(student.stride())}"
+        )
+    if student.requires_grad and student.is_leaf:
+        raise ValueError(
+            "inplace: expected student_logits computed by a model, got a leaf that requires grad "
+            f"{_describe(student)}, which must not be overwritten"
+        )
+
+
+def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    """One of a few strings."""
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def check_number(
+    name: str,
+    value: object,
+    *,
+    above: float = -math.inf,
+    below: float = math.inf,
+    closed: bool = False,
+) -> None:
+    """A finite number strictly between the bounds, or between and including them."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+    inside = above <= value <= below if closed else above < value < below
+    if not (math.isfinite(value) and inside):
+        brackets = "[]" if closed else "()"
+        raise ValueError(
+            f"{name}: expected a finite number in {brackets[0]}{above:g}, {below:g}{brackets[1]}, "
+            f"got {value}"
+        )
+
+
+def check_integer(name: str, value: object) -> None:
+    """A Python int (a torch.SymInt under torch.compile)."""
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
+
+
+def check_flag(name: str, value: object) -> None:
+    """True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected True or False, got {type(value).__name__}")
+
+
+def check_tensor(name: str, value: object) -> None:
+    """A plain strided tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+    distributed = sys.modules.get("torch.distributed.tensor")
+    if distributed is not None and isinstance(value, distributed.DTensor):
+        raise TypeError(
+            f"{name}: expected a plain tensor, got a DTensor (not yet supported: pass "
+            ".full_tensor(), or .to_local() where it is not sharded over the vocabulary)"
+        )
+    if value.layout != torch.strided:
+        raise TypeError(
+            f"{name}: expected a dense tensor, got {_describe(value)} of {value.layout}"
+        )
+
+
+def check_device(name: str, tensor: Tensor, student: Tensor) -> None:
+    """The device of the student logits."""
+    if tensor.device != student.device:
+        raise ValueError(
+            f"{name}: expected the device of student_logits, {student.device}, got {tensor.device}"
+        )
+
+
+def _describe(tensor: Tensor) -> str:
+    return f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
+
+
+def _join(dtypes: tuple[torch.dtype, ...]) -> str:
+    return " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)

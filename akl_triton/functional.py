@@ -1,0 +1,364 @@
+"""The losses as functions: checks, the tokens that count, the reduction. See `adaptive_kl`."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from . import checks, ops
+
+Head: TypeAlias = Literal["exclusive", "inclusive"]
+Ties: TypeAlias = Literal["stable", "average"]
+Reduction: TypeAlias = Literal["none", "sum", "mean"]
+Backend: TypeAlias = Literal["auto", "triton", "torch"]
+
+HEADS = ("exclusive", "inclusive")
+TIES = ("stable", "average")
+REDUCTIONS = ("none", "sum", "mean")
+BACKENDS = ("auto", "triton", "torch")
+
+
+class DivergenceStats(NamedTuple):
+    """What a trainer logs, for every token and detached; 0 for tokens that do not count.
+
+    Shape: each as labels, or as the logits without the vocabulary. Dtype: fp32. Unit: nats.
+    """
+
+    forward_kl: Tensor  # KL(teacher || student)
+    reverse_kl: Tensor  # KL(student || teacher)
+    head_weight: Tensor  # w, the weight of forward_kl; g_head / gap for adaptive_kl
+    head_mass: Tensor  # teacher mass of the head; NaN where w is fixed
+    head_size: Tensor  # tokens in the head; NaN where w is fixed
+    gap: Tensor  # sum |p - q|, twice the total variation
+
+
+LossOrPair: TypeAlias = Tensor | tuple[Tensor, DivergenceStats]
+
+
+def adaptive_kl(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor | None = None,
+    *,
+    mu: float = 0.5,
+    temperature: float = 1.0,
+    head: Head = "exclusive",
+    ties: Ties = "stable",
+    ignore_index: int = -100,
+    shift: int = 0,
+    reduction: Reduction = "mean",
+    num_items: int | Tensor | None = None,
+    scale_by_t2: bool = False,
+    inplace: bool = False,
+    return_stats: bool = False,
+    backend: Backend = "auto",
+) -> LossOrPair:
+    r"""Adaptive KL divergence: forward and reverse KL, weighted per token by where the gap is.
+
+    Math:
+        With ``p = softmax(teacher / T)``, ``q = softmax(student / T)`` and the head H, the top of
+        the teacher's sorted mass::
+
+            forward_kl = sum_i p_i (ln p_i - ln q_i)       reverse_kl = sum_i q_i (ln q_i - ln p_i)
+            w = sum_{i in H} |p_i - q_i| / sum_i |p_i - q_i|           (1/2 where p = q)
+            loss = w forward_kl + (1 - w) reverse_kl
+
+        w is a constant of the backward pass. ``head="exclusive"``: H is the longest prefix of the
+        vocabulary, sorted by teacher logit, whose mass is <= mu, and always the first token;
+        ``"inclusive"``: the shortest prefix whose mass is >= mu. Equal logits at the boundary:
+        ``ties="stable"`` takes the lowest indices first, ``"average"`` gives each of the n of which
+        k fit the weight k / n. A token that is -inf on either side adds nothing to the KL sums; a
+        row that holds NaN or +inf, or nothing finite, is NaN.
+
+    Args:
+        student_logits: ``[..., V_s]``.
+        teacher_logits: ``[..., V_t]``. Where V_s != V_t, what one side has more is -inf on the other.
+        labels: ``[...]``, only compared with ``ignore_index``: such tokens count nowhere, and give
+            exactly 0 loss and gradient whatever their logits hold.
+        mu: teacher mass of the head, in (0, 1).
+        temperature: T > 0 of both distributions.
+        head, ties: the rules above.
+        ignore_index: the label of tokens that do not count.
+        shift: compare the logits of position i with label i + shift (1: next-token labels as in
+            the batch); the last positions then have no label and do not count.
+        reduction: "none" (shape of labels), "sum", or "mean" over the tokens that count.
+        num_items: replaces that count in the mean: an int or a 0-d tensor > 0 (not checked: that
+            would wait for the device), the tokens of all micro-batches of a step.
+        scale_by_t2: multiply loss and gradient by T^2 (Hinton et al., arXiv 1503.02531).
+        inplace: compute the gradient in the forward pass into the storage of ``student_logits``,
+            which are consumed. Only where a gradient is needed; one backward pass.
+        return_stats: also return ``DivergenceStats``.
+        backend: "auto" is "triton" where it can run, else "torch".
+
+    Shape:
+        scalar, or that of labels for "none"; with ``return_stats`` the pair (loss, stats).
+
+    Dtype:
+        logits fp32, bf16 or fp16 in any mixture; loss and stats fp32, whose unit is nats; gradient
+        in the dtype of ``student_logits``. Computation is fp32, also under autocast. Finite logits
+        are exact up to a magnitude of 2^24 * T.
+
+    Raises:
+        ValueError, TypeError: an argument is not as above; nothing has been launched or written.
+        RuntimeError: the gradient is differentiated, or used twice with ``inplace``.
+
+    Reference:
+        Wu et al., "Rethinking Kullback-Leibler Divergence in Knowledge Distillation for Large
+        Language Models", arXiv 2404.02657, section 4 (adaptive KL) and the authors' ``AKL.py``.
+
+    Example:
+        >>> import torch
+        >>> from akl_triton import adaptive_kl
+        >>> teacher = torch.tensor([[2.0, 1.0, 0.0]])
+        >>> student = torch.zeros(1, 3, requires_grad=True)
+        >>> loss = adaptive_kl(student, teacher)
+        >>> loss.backward()
+        >>> round(loss.item(), 4), student.grad.shape
+        (0.2832, torch.Size([1, 3]))
+    """
+    checks.check_number("mu", mu, above=0.0, below=1.0)
+    checks.check_choice("head", head, HEADS)
+    checks.check_choice("ties", ties, TIES)
+    return _divergence(
+        student_logits,
+        teacher_logits,
+        labels,
+        (mu, head, ties, None),
+        temperature=temperature,
+        ignore_index=ignore_index,
+        shift=shift,
+        reduction=reduction,
+        num_items=num_items,
+        scale_by_t2=scale_by_t2,
+        inplace=inplace,
+        return_stats=return_stats,
+        backend=backend,
+    )
+
+
+def forward_kl(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor | None = None,
+    *,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+    shift: int = 0,
+    reduction: Reduction = "mean",
+    num_items: int | Tensor | None = None,
+    scale_by_t2: bool = False,
+    inplace: bool = False,
+    return_stats: bool = False,
+    backend: Backend = "auto",
+) -> LossOrPair:
+    """Forward KL divergence, KL(teacher || student): `mixed_kl` with weight 1.
+
+    Math:
+        ``loss = sum_i p_i (ln p_i - ln q_i)``; symbols, arguments, shapes, dtypes and errors are
+        those of `adaptive_kl`.
+
+    Reference:
+        Hinton et al., "Distilling the Knowledge in a Neural Network", arXiv 1503.02531.
+
+    Example:
+        >>> import torch
+        >>> from akl_triton import forward_kl
+        >>> round(forward_kl(torch.zeros(1, 3), torch.tensor([[2.0, 1.0, 0.0]])).item(), 4)
+        0.2663
+    """
+    return mixed_kl(
+        student_logits,
+        teacher_logits,
+        labels,
+        weight=1.0,
+        temperature=temperature,
+        ignore_index=ignore_index,
+        shift=shift,
+        reduction=reduction,
+        num_items=num_items,
+        scale_by_t2=scale_by_t2,
+        inplace=inplace,
+        return_stats=return_stats,
+        backend=backend,
+    )
+
+
+def reverse_kl(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor | None = None,
+    *,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+    shift: int = 0,
+    reduction: Reduction = "mean",
+    num_items: int | Tensor | None = None,
+    scale_by_t2: bool = False,
+    inplace: bool = False,
+    return_stats: bool = False,
+    backend: Backend = "auto",
+) -> LossOrPair:
+    """Reverse KL divergence, KL(student || teacher): `mixed_kl` with weight 0.
+
+    Math:
+        ``loss = sum_i q_i (ln q_i - ln p_i)``; symbols, arguments, shapes, dtypes and errors are
+        those of `adaptive_kl`.
+
+    Reference:
+        Gu et al., "MiniLLM: Knowledge Distillation of Large Language Models", arXiv 2306.08543.
+
+    Example:
+        >>> import torch
+        >>> from akl_triton import reverse_kl
+        >>> round(reverse_kl(torch.zeros(1, 3), torch.tensor([[2.0, 1.0, 0.0]])).item(), 4)
+        0.309
+    """
+    return mixed_kl(
+        student_logits,
+        teacher_logits,
+        labels,
+        weight=0.0,
+        temperature=temperature,
+        ignore_index=ignore_index,
+        shift=shift,
+        reduction=reduction,
+        num_items=num_items,
+        scale_by_t2=scale_by_t2,
+        inplace=inplace,
+        return_stats=return_stats,
+        backend=backend,
+    )
+
+
+def mixed_kl(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor | None = None,
+    *,
+    weight: float = 0.5,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+    shift: int = 0,
+    reduction: Reduction = "mean",
+    num_items: int | Tensor | None = None,
+    scale_by_t2: bool = False,
+    inplace: bool = False,
+    return_stats: bool = False,
+    backend: Backend = "auto",
+) -> LossOrPair:
+    """Forward and reverse KL with the same fixed weight for every token.
+
+    Math:
+        ``loss = weight forward_kl + (1 - weight) reverse_kl``; symbols, the other arguments,
+        shapes, dtypes and errors are those of `adaptive_kl`. 0.5 is the Jeffreys divergence halved.
+
+    Args:
+        weight: in [0, 1], of the forward KL.
+
+    Reference:
+        The FKL + RKL baseline of Wu et al., arXiv 2404.02657.
+
+    Example:
+        >>> import torch
+        >>> from akl_triton import mixed_kl
+        >>> round(mixed_kl(torch.zeros(1, 3), torch.tensor([[2.0, 1.0, 0.0]])).item(), 4)
+        0.2876
+    """
+    checks.check_number("weight", weight, above=0.0, below=1.0, closed=True)
+    return _divergence(
+        student_logits,
+        teacher_logits,
+        labels,
+        (0.5, "exclusive", "stable", float(weight)),  # without a head its options mean nothing
+        temperature=temperature,
+        ignore_index=ignore_index,
+        shift=shift,
+        reduction=reduction,
+        num_items=num_items,
+        scale_by_t2=scale_by_t2,
+        inplace=inplace,
+        return_stats=return_stats,
+        backend=backend,
+    )
+
+
+def _divergence(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor | None,
+    rule: tuple[float, Head, Ties, float | None],  # mu, head, ties, weight
+    *,
+    temperature: float,
+    ignore_index: int,
+    shift: int,
+    reduction: Reduction,
+    num_items: int | Tensor | None,
+    scale_by_t2: bool,
+    inplace: bool,
+    return_stats: bool,
+    backend: Backend,
+) -> LossOrPair:
+    """The common body of the losses."""
+    checks.check_number("temperature", temperature, above=0.0)
+    checks.check_choice("reduction", reduction, REDUCTIONS)
+    checks.check_choice("backend", backend, BACKENDS)
+    for name, flag in (
+        ("scale_by_t2", scale_by_t2),
+        ("inplace", inplace),
+        ("return_stats", return_stats),
+    ):
+        checks.check_flag(name, flag)
+    checks.check_logits(student, teacher)
+    checks.check_labels(labels, student, shift, ignore_index)
+    checks.check_num_items(num_items, reduction, student)
+    if inplace:
+        checks.check_inplace(student)
+    chosen = ops.resolve_backend(backend, student.device.type)
+
+    tokens = student.shape[:-1]
+    counted = None if labels is None else _counted(labels, ignore_index, shift)
+    factor = _row_factor(tokens.numel(), counted, reduction, num_items)
+    if scale_by_t2:
+        factor = factor * temperature**2
+    mu, head, ties, weight = rule
+    options = (float(mu), float(temperature), head, ties, weight, return_stats, chosen)
+    rows_s, rows_t = ops.as_rows(student), ops.as_rows(teacher)
+    if rows_s.shape != (*rows_t.shape[:2], rows_s.shape[2]):  # one needed two strides, one did not
+        rows_s, rows_t = (x.reshape(*student.shape[:2], -1) for x in (student, teacher))
+
+    if inplace and student.requires_grad and torch.is_grad_enabled():
+        scale = torch.as_tensor(factor, dtype=torch.float32, device=student.device)
+        loss, stats = ops.InPlaceDivergence.apply(
+            rows_s, rows_t, counted, scale.expand(tokens.numel()), *options
+        )  # type: ignore[no-untyped-call]
+    else:
+        loss, _, stats = ops.divergence(rows_s, rows_t, counted, *options)
+        loss = loss * factor
+    loss = loss.view(tokens) if reduction == "none" else loss.sum()
+    if return_stats:
+        return loss, DivergenceStats(*(column.view(tokens) for column in stats.unbind(1)))
+    return loss
+
+
+def _counted(labels: Tensor, ignore_index: int, shift: int) -> Tensor:
+    """[N] bool: the tokens whose label, `shift` positions on, is not ignored."""
+    if shift:
+        labels = torch.nn.functional.pad(labels[..., shift:], (0, shift), value=ignore_index)
+    return (labels != ignore_index).reshape(-1)
+
+
+def _row_factor(
+    tokens: int, counted: Tensor | None, reduction: Reduction, num_items: int | Tensor | None
+) -> float | Tensor:
+    """What the reduction multiplies every row's loss with; no host waits for a count."""
+    if reduction != "mean":
+        return 1.0
+    if isinstance(num_items, Tensor):
+        return num_items.float().reciprocal()
+    if num_items is not None:
+        return 1.0 / num_items
+    if counted is None:
+        return 1.0 / max(tokens, 1)
+    return counted.sum().clamp(min=1).float().reciprocal()

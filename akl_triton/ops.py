@@ -1,0 +1,295 @@
+"""The operators behind the API, registered with torch.library: both backends, one autograd formula.
+
+    akl_triton::divergence                loss of every row, and what its backward needs
+    akl_triton::divergence_backward       gradient of the student logits
+    akl_triton::divergence_with_gradient  both in one pass, the gradient over the student logits
+    akl_triton::rescale                   rows times factors, in place
+
+Logits are [outer, inner, V] with unit stride in V (`as_rows`), N = outer * inner rows.
+"""
+
+import torch
+from torch import Tensor
+
+from . import eager
+from .rows import STATE_WIDTH, STATS, RowResult
+
+TRITON, TORCH = "triton", "torch"
+
+
+def triton_obstacle(device_type: str) -> str | None:
+    """Why the Triton kernels cannot run on tensors of this device; None if they can."""
+    try:
+        from triton import knobs
+        from triton.runtime import driver
+    except ImportError:
+        return "triton is not installed"
+    if knobs.runtime.interpret:
+        return None
+    try:
+        runs_on = driver.active.get_active_torch_device().type
+    except RuntimeError:
+        return "triton finds no GPU (TRITON_INTERPRET=1 interprets the kernels on CPU tensors)"
+    return None if runs_on == device_type else f"triton runs on {runs_on}, not on {device_type}"
+
+
+@torch.compiler.assume_constant_result
+def resolve_backend(backend: str, device_type: str) -> str:
+    """The backend that `backend` means for tensors of this device; ValueError if it cannot run."""
+    if backend == TORCH:
+        return TORCH
+    obstacle = triton_obstacle(device_type)
+    if obstacle is None:
+        return TRITON
+    if backend == TRITON:
+        raise ValueError(f"backend: expected one that can run here, got 'triton', but {obstacle}")
+    return TORCH
+
+
+def as_rows(logits: Tensor) -> Tensor:
+    """[..., V] as [outer, inner, V] with unit stride in V: a view wherever strides allow it.
+
+    A batch of sequences, sliced or not, is a view; a copy is made of logits whose last dimension is
+    not contiguous or whose leading dimensions need more than two strides."""
+    vocabulary = logits.shape[-1]
+    if logits.stride(-1) != 1 and vocabulary > 1:
+        logits = logits.contiguous()
+    if logits.dim() == 3 and logits.stride(0) != logits.stride(1) * logits.shape[1]:
+        return logits
+    return logits.reshape(1, -1, vocabulary)
+
+
+@torch.library.custom_op("akl_triton::divergence", mutates_args=())
+def divergence(
+    student: Tensor,
+    teacher: Tensor,
+    counted: Tensor | None,
+    mu: float,
+    temperature: float,
+    head: str,
+    ties: str,
+    weight: float | None,
+    with_stats: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss [N], state [N, 8], stats [N, 6] or [0, 6]) in fp32."""
+    result = _empty_result(student, with_stats)
+    _forward(student, teacher, counted, result, mu, temperature, head, ties, weight, backend)
+    return result
+
+
+@divergence.register_fake
+def _(student, teacher, counted, mu, temperature, head, ties, weight, with_stats, backend):  # type: ignore[no-untyped-def]
+    return _empty_result(student, with_stats)
+
+
+@torch.library.custom_op("akl_triton::divergence_backward", mutates_args=())
+def divergence_backward(
+    upstream: Tensor,
+    student: Tensor,
+    teacher: Tensor,
+    counted: Tensor | None,
+    state: Tensor,
+    temperature: float,
+    weight: float | None,
+    backend: str,
+) -> Tensor:
+    """upstream [N] * dloss/dstudent, [outer, inner, V_s] in the student's dtype."""
+    gradient = torch.empty(student.shape, dtype=student.dtype, device=student.device)
+    if student.numel() == 0:
+        return gradient
+    if backend == TRITON:
+        from .kernels import pipeline
+
+        pipeline.backward(
+            gradient,
+            student,
+            teacher,
+            counted,
+            state,
+            upstream,
+            temperature=temperature,
+            reverse=weight != 1.0,
+        )
+    else:
+        for rows, outer in _outer(student):
+            eager.backward(
+                upstream[rows],
+                student[outer],
+                teacher[outer],
+                None if counted is None else counted[rows],
+                state[rows],
+                temperature=temperature,
+                out=gradient[outer],
+            )
+    return gradient
+
+
+@divergence_backward.register_fake
+def _(upstream, student, teacher, counted, state, temperature, weight, backend):  # type: ignore[no-untyped-def]
+    return torch.empty(student.shape, dtype=student.dtype, device=student.device)
+
+
+@torch.library.custom_op("akl_triton::divergence_with_gradient", mutates_args=("student",))
+def divergence_with_gradient(
+    student: Tensor,
+    teacher: Tensor,
+    counted: Tensor | None,
+    upstream: Tensor,
+    mu: float,
+    temperature: float,
+    head: str,
+    ties: str,
+    weight: float | None,
+    with_stats: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """(loss [N], stats), and upstream [N] * dloss/dstudent written over the student logits."""
+    loss, _, stats = result = _empty_result(student, with_stats)
+    _forward(
+        student, teacher, counted, result, mu, temperature, head, ties, weight, backend, upstream
+    )
+    return loss, stats
+
+
+@divergence_with_gradient.register_fake
+def _(
+    student, teacher, counted, upstream, mu, temperature, head, ties, weight, with_stats, backend
+):  # type: ignore[no-untyped-def]
+    loss, _, stats = _empty_result(student, with_stats)
+    return loss, stats
+
+
+@torch.library.custom_op("akl_triton::rescale", mutates_args=("rows",))
+def rescale(rows: Tensor, factor: Tensor, backend: str) -> None:
+    """rows [N, V] *= factor [N], in place."""
+    if rows.numel() == 0:
+        return
+    if backend == TRITON:
+        from .kernels import pipeline
+
+        pipeline.rescale(rows, factor)
+    else:
+        rows.mul_(factor[:, None])
+
+
+@rescale.register_fake
+def _(rows, factor, backend):  # type: ignore[no-untyped-def]
+    return None
+
+
+def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    student, teacher, counted, _, temperature, _, _, weight, _, backend = inputs
+    _, state, stats = output
+    ctx.mark_non_differentiable(state, stats)
+    ctx.save_for_backward(student, teacher, counted, state)
+    ctx.options = temperature, weight, backend
+
+
+def _differentiate(ctx, upstream, _state, _stats):  # type: ignore[no-untyped-def]
+    gradient = divergence_backward(upstream, *ctx.saved_tensors, *ctx.options)
+    return gradient, *[None] * 9
+
+
+def _refuse(*_):  # type: ignore[no-untyped-def]
+    raise RuntimeError(
+        "akl_triton: the losses cannot be differentiated twice (their gradient has no backward)"
+    )
+
+
+divergence.register_autograd(_differentiate, setup_context=_save)
+divergence_backward.register_autograd(_refuse)
+
+
+class InPlaceDivergence(torch.autograd.Function):
+    """scaled loss = loss * row_scale, whose gradient is left in the student logits' storage."""
+
+    @staticmethod
+    def forward(ctx, student, teacher, counted, row_scale, *options):  # type: ignore[no-untyped-def]
+        loss, stats = divergence_with_gradient(student, teacher, counted, row_scale, *options)
+        ctx.mark_non_differentiable(stats)
+        ctx.gradient = student.detach()
+        ctx.backend = options[-1]
+        return loss * row_scale, stats
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx, upstream, _stats):  # type: ignore[no-untyped-def]
+        if ctx.gradient is None:
+            raise RuntimeError(
+                "akl_triton: inplace=True leaves one gradient, which an earlier backward has used"
+            )
+        gradient, ctx.gradient = ctx.gradient, None
+        rescale(gradient.view(-1, gradient.shape[-1]), upstream, ctx.backend)
+        return gradient, *[None] * 10
+
+
+def _empty_result(student: Tensor, with_stats: bool) -> RowResult:
+    n, device = student.shape[0] * student.shape[1], student.device
+    return RowResult(
+        torch.empty(n, dtype=torch.float32, device=device),
+        torch.empty(n, STATE_WIDTH, dtype=torch.float32, device=device),
+        torch.empty(n if with_stats else 0, len(STATS), dtype=torch.float32, device=device),
+    )
+
+
+def _forward(
+    student: Tensor,
+    teacher: Tensor,
+    counted: Tensor | None,
+    result: RowResult,
+    mu: float,
+    temperature: float,
+    head: str,
+    ties: str,
+    weight: float | None,
+    backend: str,
+    upstream: Tensor | None = None,
+) -> None:
+    """Fill `result`; with `upstream`, write the gradient over the student logits."""
+    if student.numel() == 0:
+        return
+    loss, state, stats = result
+    if backend == TRITON:
+        from .kernels import pipeline
+
+        pipeline.forward(
+            student,
+            teacher,
+            counted,
+            loss,
+            state if upstream is None else None,
+            stats if len(stats) else None,
+            mu=mu,
+            temperature=temperature,
+            inclusive=head == "inclusive",
+            stable=ties == "stable",
+            weight=weight,
+            gradient=None if upstream is None else student,
+            upstream=upstream,
+        )
+        return
+    options = {
+        "mu": mu,
+        "temperature": temperature,
+        "head": head,
+        "ties": ties,
+        "weight": weight,
+    }
+    for rows, outer in _outer(student):
+        inputs = student[outer], teacher[outer], None if counted is None else counted[rows]
+        if upstream is None:
+            part = eager.forward(*inputs, **options)
+        else:
+            part = eager.forward_with_gradient(
+                *inputs, upstream[rows], **options, out=student[outer]
+            )
+        loss[rows], state[rows] = part.loss, part.state
+        if len(stats):
+            stats[rows] = part.stats
+
+
+def _outer(student: Tensor) -> list[tuple[slice, int]]:
+    """(rows of the flat outputs, outer index) of every [inner, V] slice."""
+    inner = student.shape[1]
+    return [(slice(i * inner, (i + 1) * inner), i) for i in range(student.shape[0])]
