@@ -69,10 +69,9 @@ class Loop:
     straight: Mix | None
     sources: Mapping[tuple[str, int], int]  # instructions by (file name, line) of the source
 
-    def share_of(self, file: str) -> float:
-        """The share of the body's instructions that comes from a source file, such as ``a.py``."""
-        own = sum(count for (name, _), count in self.sources.items() if name == file)
-        return own / self.body.instructions
+    def instructions_from(self, file: str) -> int:
+        """How many of the body's instructions come from a source file, such as ``head.py``."""
+        return sum(count for (name, _), count in self.sources.items() if name == file)
 
     def steps(self, bytes_per_step: float) -> int:
         """How many iterations of the source's loop one trip makes: the compiler may have unrolled.
@@ -114,9 +113,18 @@ class KernelCode:
         """Elements of a block (``BLOCK`` of the launch) that fall to one thread."""
         return block / (self.num_warps * self.warp_size)
 
-    def loops_of(self, file: str) -> tuple[Loop, ...]:
-        """The innermost loops most of whose instructions come from a source file."""
-        return tuple(loop for loop in self.innermost_loops if loop.share_of(file) > 0.5)
+    def loops_by_file(self, files: Sequence[str]) -> dict[str, tuple[Loop, ...]]:
+        """The innermost loops, by that one of ``files`` that gives most of their instructions.
+
+        With a file per stage, these are the loops of the stages; what a loop has from files not
+        named (shared helpers, Triton's library) does not decide.
+        """
+        by_file: dict[str, tuple[Loop, ...]] = {file: () for file in files}
+        for loop in self.innermost_loops:
+            most = max(files, key=loop.instructions_from)
+            if loop.instructions_from(most):
+                by_file[most] += (loop,)
+        return by_file
 
 
 def analyse(kernel: CompiledKernel) -> KernelCode:

@@ -10,8 +10,6 @@ import triton.language as tl
 
 from bench import ptxcpu
 from bench.ptxcpu import execute
-from bench.ptxcpu.parse import parse
-from bench.ptxcpu.translate import translate
 
 
 @triton.jit
@@ -154,70 +152,3 @@ def test_the_interpreter_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with pytest.raises(ptxcpu.PtxError, match="TRITON_INTERPRET"):
         ptxcpu.install()
-
-
-def ptx_of(body: str) -> str:
-    return f"""
-.visible .entry k(.param .u64 k_param_0) .reqntid 64
-{{
-    .reg .pred %p<4>;
-    .reg .b32 %r<9>;
-    .reg .f32 %f<9>;
-    .reg .b64 %rd<9>;
-    {body}
-    ret;
-}}
-"""
-
-
-@pytest.mark.parametrize(
-    "instruction",
-    [
-        "add.rz.f32 %f1, %f2, %f3;",
-        "add.sat.s32 %r1, %r2, %r3;",
-        "fma.rn.relu.f16x2 %r1, %r2, %r3, %r4;",
-        "max.xorsign.abs.f32 %f1, %f2, %f3;",
-        "cvt.rz.f32.f64 %f1, %rd1;",
-        "cvt.rz.f16x2.f32 %r1, %f1, %f2;",
-        "bar.red.popc.u32 %r1, 0, %p1;",
-        "bar.sync 1, 32;",
-        "@%p1 bar.sync 0;",
-        "call helper;",
-        "ld.shared::cluster.b32 %r1, [%r2];",
-        "mbarrier.init.shared.b64 [%r1], 1;",
-        "mul24.lo.u32 %r1, %r2, %r3;",
-    ],
-)
-def test_what_is_not_implemented_is_refused(instruction: str) -> None:
-    translate(parse(ptx_of("add.rn.ftz.f32 %f1, %f2, %f3; bar.sync 0, 64;")))
-    with pytest.raises(ptxcpu.PtxError, match="unsupported PTX instruction"):
-        translate(parse(ptx_of(instruction)))
-
-
-def test_divergent_threads_meet_again() -> None:
-    """Thread t adds up 0..t-1 in a loop of its own length, then the warp shuffles."""
-    ptx = ptx_of("""
-    ld.param.u64 %rd1, [k_param_0];
-    mov.u32 %r1, %tid.x;
-    mov.u32 %r2, 0;
-    mov.u32 %r3, 0;
-$loop:
-    setp.ge.u32 %p1, %r2, %r1;
-    @%p1 bra $done;
-    add.u32 %r3, %r3, %r2;
-    add.u32 %r2, %r2, 1;
-    bra $loop;
-$done:
-    shfl.sync.bfly.b32 %r4, %r3, 1, 31, -1;
-    mul.wide.u32 %rd2, %r1, 4;
-    add.s64 %rd3, %rd1, %rd2;
-    st.global.b32 [%rd3], %r4;
-""")
-    out = torch.zeros(64, dtype=torch.int32)
-    address, size = out.data_ptr(), out.nbytes
-    counts = ptxcpu.load(ptx).run((1,), [address.to_bytes(8, "little")], ranges=[(address, size)])
-    assert out.tolist() == [(t ^ 1) * ((t ^ 1) - 1) // 2 for t in range(64)]
-    # Warp w runs the loop's body as often as its slowest thread, each thread as often as its id.
-    assert counts["warp_by_opcode"]["add.u32"] == 2 * (31 + 63)
-    assert counts["div_blocks"] > 0
-    assert counts["gst_requests"] == 2
