@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -34,7 +34,8 @@ class DivergenceStats(NamedTuple):
     gap: Tensor  # sum |p - q|, twice the total variation
 
 
-LossOrPair: TypeAlias = Tensor | tuple[Tensor, DivergenceStats]
+# Tensor, or (Tensor, DivergenceStats) with return_stats; a union would have every caller narrow it.
+LossOrPair: TypeAlias = Any
 
 
 def adaptive_kl(
@@ -74,7 +75,8 @@ def adaptive_kl(
 
     Args:
         student_logits: ``[..., V_s]``.
-        teacher_logits: ``[..., V_t]``. Where V_s != V_t, what one side has more is -inf on the other.
+        teacher_logits: ``[..., V_t]``; where V_s != V_t, what one side has more is -inf on the
+            other.
         labels: ``[...]``, only compared with ``ignore_index``: such tokens count nowhere, and give
             exactly 0 loss and gradient whatever their logits hold.
         mu: teacher mass of the head, in (0, 1).

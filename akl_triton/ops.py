@@ -8,6 +8,8 @@
 Logits are [outer, inner, V] with unit stride in V (`as_rows`), N = outer * inner rows.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -33,7 +35,7 @@ def triton_obstacle(device_type: str) -> str | None:
     return None if runs_on == device_type else f"triton runs on {runs_on}, not on {device_type}"
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def resolve_backend(backend: str, device_type: str) -> str:
     """The backend that `backend` means for tensors of this device; ValueError if it cannot run."""
     if backend == TORCH:
@@ -145,18 +147,16 @@ def divergence_with_gradient(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """(loss [N], stats), and upstream [N] * dloss/dstudent written over the student logits."""
-    loss, _, stats = result = _empty_result(student, with_stats)
+    result = _empty_result(student, with_stats)
     _forward(
         student, teacher, counted, result, mu, temperature, head, ties, weight, backend, upstream
     )
-    return loss, stats
+    return result.loss, result.stats
 
 
 @divergence_with_gradient.register_fake
-def _(
-    student, teacher, counted, upstream, mu, temperature, head, ties, weight, with_stats, backend
-):  # type: ignore[no-untyped-def]
-    loss, _, stats = _empty_result(student, with_stats)
+def _(student, *inputs):  # type: ignore[no-untyped-def]
+    loss, _, stats = _empty_result(student, with_stats=inputs[-2])
     return loss, stats
 
 
@@ -213,7 +213,7 @@ class InPlaceDivergence(torch.autograd.Function):
         return loss * row_scale, stats
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    @torch.autograd.function.once_differentiable
     def backward(ctx, upstream, _stats):  # type: ignore[no-untyped-def]
         if ctx.gradient is None:
             raise RuntimeError(
@@ -269,7 +269,7 @@ def _forward(
             upstream=upstream,
         )
         return
-    options = {
+    options: dict[str, Any] = {
         "mu": mu,
         "temperature": temperature,
         "head": head,

@@ -6,9 +6,9 @@
     w = g_head / gap                loss = w forward_kl + (1 - w) reverse_kl
 
 The sums run on logarithms to base 2 that are off by a constant of the row, the rounding of its lse
-(`Normaliser`); the constant is put back exactly at the end. A token that is -inf on either side counts
-in the gap and adds nothing to the KL sums. Full blocks do not look for it: it makes a sum infinite or
-NaN, and such a row is swept again with the edge block's code everywhere.
+(`normaliser`); the constant is put back exactly at the end. A token that is -inf on either side
+counts in the gap and adds nothing to the KL sums. Full blocks do not look for it: it makes a sum
+infinite or NaN, and such a row is swept again with the edge block's code everywhere.
 """
 
 import triton
@@ -44,8 +44,10 @@ def row_divergence(
     FORWARD: tl.constexpr, REVERSE: tl.constexpr, STATS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """(forward_kl, reverse_kl, w, gap, head_size, kept_p, kept_q, full_end): kept_p and kept_q are
-    the masses of the tokens that are finite on both sides; blocks 1 .. full_end-1 hold only such."""
+    """(forward_kl, reverse_kl, w, gap, head_size, kept_p, kept_q, full_end)
+
+    kept_p and kept_q are the masses of the tokens that are finite on both sides, and blocks
+    1 .. full_end-1 hold no others."""
     GAP: tl.constexpr = HAS_HEAD or STATS
     columns = tl.arange(0, BLOCK)
     lse_t, correction_t, factor_t = normaliser(reference_t, z_t)

@@ -5,11 +5,11 @@
     k        = how many of the logits equal to `crossing` belong to the head
     cut      = offset behind the k-th of them, in index order   (ties="stable")
 
-Logits are ordered by an integer key (the sign-magnitude bits of their own dtype, made monotone), and
-mass() is evaluated at PIVOTS keys in one sweep of the teacher's row, until two neighbouring keys
-bracket mu. The first pivots stand around an estimate that costs no sweep: the slot maxima of stage A
-are BLOCK tokens drawn from the top, and if f of all slots hold a logit >= x, about
--BLOCK ln(1 - f) tokens do (balls in bins), which says how much mass the maxima hide.
+Logits are ordered by an integer key (the sign-magnitude bits of their own dtype, made monotone),
+and mass() is evaluated at PIVOTS keys in one sweep of the teacher's row, until two neighbouring
+keys bracket mu. The first pivots stand around an estimate that costs no sweep: the slot maxima of
+stage A are BLOCK tokens drawn from the top, and if a share f of the slots holds a logit >= x, then
+about -BLOCK ln(1 - f) tokens are >= x (balls in bins), which says how much mass the maxima hide.
 """
 
 import triton
@@ -71,7 +71,7 @@ def head_boundary(
     STABLE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """(crossing logit, mass above it, k, mass of one such token, cut); the masses are shares of Z.
+    """(crossing logit, mass above it, k, mass of one such token, cut); masses are shares of Z.
 
     `cut` is end_t where all ties belong to the head, and 0 where none do or ties are averaged."""
     dtype: tl.constexpr = t_row.dtype.element_ty
@@ -81,7 +81,7 @@ def head_boundary(
     crossing = top
     above = 0.0
     reached = top_mass
-    # More than half of the mass in one token: it has no equal, so nothing need be read. (NaN: also.)
+    # A token with more than half of the mass has no equal: nothing need be read. (NaN rows: also.)
     alone = (top_mass > 0.5 * z) & crosses(top_mass, target, INCLUSIVE)
     if (z == z) & (alone == 0):
         crossing, above, reached = _search(
@@ -135,8 +135,9 @@ def _estimate(slots, scale, reference, target, top, BLOCK: tl.constexpr):
 
 @triton.jit
 def _pivot_key(i, first, step, low, high, dtype: tl.constexpr):
-    """Key of the i-th pivot: `step` keys apart from `first` down; for step 0 the bracket is cut into
-    equal parts by value (a bracket around 0 holds most keys of the dtype, and few logits)."""
+    """Key of the i-th pivot, `step` keys apart from `first` down.
+
+    Step 0 cuts the bracket in equal parts by value: around 0 it holds most keys and few logits."""
     if step > 0:
         key = first - i * step
     else:
@@ -148,7 +149,7 @@ def _pivot_key(i, first, step, low, high, dtype: tl.constexpr):
 
 @triton.jit
 def _add_masses(t, mass, pivots, below, above, low_value, high_value, scale, reference, dtype):
-    """Add a block of logits to the masses at the pivots and to the bracket's nearest logits."""
+    """Add a block of logits to the masses at the pivots, and to the logits nearest the bracket."""
     p = tl.exp2(t * scale - reference)
     new = ()
     for i in tl.static_range(PIVOTS):
@@ -213,7 +214,7 @@ def _search(
             else:
                 mass_high = tl.where(keys[i] <= high, total, mass_high)
                 high = tl.minimum(high, keys[i])
-        # From here on equal parts of the bracket, by key and by value in turn.
+        # From here on in equal parts of the bracket, by key and by value in turn.
         step = tl.where(
             (step == 0) | (high - low <= PIVOTS + 1), tl.cdiv(high - low, PIVOTS + 1), 0
         )

@@ -1,8 +1,8 @@
 """The four stages composed into kernels, one row a program, and their launchers.
 
-    forward                 A R B      loss, 8 floats a row for the backward, statistics if asked for
-    backward                C          gradient from the logits and those 8 floats
-    forward_with_gradient   A R B C    both in one launch; the gradient may overwrite the student
+    forward    A R B      loss, 8 floats a row for the backward, statistics if asked for
+               A R B C    with a gradient: both in one launch, and it may overwrite the student
+    backward   C          gradient from the logits and those 8 floats
 
 Nothing of size [N, V] is allocated here: outputs come from the caller.
 """
@@ -275,8 +275,10 @@ def rescale(
 
 
 def _addressing(student, teacher, gradient) -> dict:
-    """Strides, sizes, alignment and the launch; tensors that share the teacher's offset from 16-byte
-    boundaries in every row are read and written 16 bytes at a time."""
+    """Strides, sizes, alignment and the launch.
+
+    Tensors that stand where the teacher stands between 16-byte boundaries, in every row, are read
+    and written 16 bytes at a time."""
     lead = _lead(teacher)
     arguments = {
         "outer_s": student.stride(0),
@@ -299,7 +301,7 @@ def _addressing(student, teacher, gradient) -> dict:
 
 
 def _lead(logits) -> tuple[int, int, int]:
-    """Where rows stand between 16-byte boundaries (of 2-byte elements): the first, and the steps."""
+    """Where rows stand between 16-byte boundaries (of 2-byte elements): the first, the steps."""
     base = logits.data_ptr() // logits.element_size()
     outer = logits.stride(0) if logits.shape[0] > 1 else 0
     return base % 8, outer % 8, logits.stride(1) % 8

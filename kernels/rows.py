@@ -1,6 +1,6 @@
 """How a row of logits is cut into blocks, and how a block is read.
 
-A row is walked in blocks of BLOCK columns. So that every block but a few starts on a 16-byte boundary,
+A row is walked in blocks of BLOCK columns. So that every block starts on a 16-byte boundary,
 columns are counted from `lead` elements before the row: column i of the vocabulary stands at offset
 lead + i, and 0 <= lead < 8 makes offset 0 aligned (V = 50,257 puts 7 rows of 8 off the boundary).
 
