@@ -171,7 +171,7 @@ def load_teacher() -> tuple[Any, Tokenize]:
 
 
 def shallow_copy(teacher: Any) -> Any:
-    """The teacher without its middle layers; the embeddings, which are also the head, stay fixed."""
+    """The teacher without its middle layers; the embeddings, also the head, are not trained."""
     student = copy.deepcopy(teacher).train().requires_grad_(True)
     layers = student.model.layers
     student.model.layers = layers[:FIRST] + layers[-LAST:]
