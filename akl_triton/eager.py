@@ -1,8 +1,8 @@
 """Adaptive KL in plain PyTorch: the backend for CPU, MPS and wherever Triton is not.
 
 Rows are taken a few at a time through a handful of fp32 work spaces that stay in the cache, so
-nothing of the logits' size is ever allocated. On a CPU nothing is sorted but a sample of each row and
-the few tokens around the head's boundary: see `_narrow`.
+nothing of the logits' size is ever allocated. On a CPU nothing is sorted but a sample of each row
+and the few tokens around the head's boundary: see `_narrow`.
 """
 
 from __future__ import annotations
@@ -341,7 +341,7 @@ def _head(
     above, tied = logits > v, logits == v
     first, n = above.sum(-1, keepdim=True), tied.sum(-1, keepdim=True)
     count = window.count_above + first
-    mass = (cumulative - masses).gather(-1, first.minimum(crossing))
+    mass = (cumulative - masses).gather(-1, first)
     seats = (target - mass) / mass_v.clamp(min=torch.finfo(wide).tiny)
     seats = seats.floor() if options.head == "exclusive" else seats.ceil()
     k = seats.clamp(min=0).minimum(n).maximum(1 - count)

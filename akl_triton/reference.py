@@ -157,7 +157,7 @@ def head_members(teacher: Tensor, order: Tensor, size: Tensor, ties: Ties) -> Te
     # [N, 1] logit of the last token taken; whatever ties with it shares its group's seats.
     last = teacher.gather(-1, order.gather(-1, size[:, None] - 1))
     above, tied = teacher > last, teacher == last
-    taken = size - above.sum(-1)
+    taken = (size - above.sum(-1)).double()
     return above + tied * (taken / tied.sum(-1))[:, None]
 
 
