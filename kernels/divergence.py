@@ -29,7 +29,7 @@ def normaliser(reference, z):
 @triton.jit
 def next_above(x):
     """The smallest fp32 above x."""
-    bits = x.to(tl.int32, bitcast=True)
+    bits = tl.where(x == 0.0, 0.0, x).to(tl.int32, bitcast=True)  # -0.0 equals 0.0
     key = (bits ^ ((bits >> 31) & 0x7FFFFFFF)) + 1
     return (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
 
@@ -158,6 +158,8 @@ def row_divergence(
             g_head += g_ties * (k / tl.maximum(ties, 1.0))
         size += k
         weight = tl.where(gap == 0.0, 0.5, g_head / gap)
+    else:
+        size = float("nan")
     kept_p = 1.0 - factor_t * dropped_p
     kept_q = 1.0 - factor_s * dropped_q
     fkl = LN2 * (factor_t * fkl + shift * kept_p)

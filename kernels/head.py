@@ -17,8 +17,10 @@ import triton.language as tl
 
 from .rows import LOWEST, load_edge, load_full
 
-PIVOTS = tl.constexpr(8)
-ESTIMATE_ROUNDS = tl.constexpr(3)
+PIVOTS = tl.constexpr(6)
+# The estimate narrows its bracket to a BINS-th in every round; BINS x BLOCK values stay in registers.
+BINS = tl.constexpr(4)
+ROUNDS = tl.constexpr(5)
 # Nothing 2^-64 below the most probable token can hold a visible share of the mass.
 DEPTH = tl.constexpr(64.0)
 ESTIMATE_DEPTH = tl.constexpr(32.0)
@@ -26,12 +28,13 @@ ESTIMATE_DEPTH = tl.constexpr(32.0)
 
 @triton.jit
 def key_of(x, dtype: tl.constexpr):
-    """Monotone integer key of a value of `dtype` held in fp32 (int64: fp32 keys differ by 2^32)."""
+    """Monotone integer key of a value of `dtype` held in fp32; keys of fp32 may lie 2^32 apart."""
+    x = tl.where(x == 0.0, 0.0, x)  # -0.0 equals 0.0
     if dtype == tl.float16:
-        bits = x.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int64)
-        return bits ^ ((bits >> 63) & 0x7FFF)
-    bits = x.to(tl.int32, bitcast=True).to(tl.int64)
-    key = bits ^ ((bits >> 63) & 0x7FFFFFFF)
+        bits = x.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32)
+        return bits ^ ((bits >> 31) & 0x7FFF)
+    bits = x.to(tl.int32, bitcast=True)
+    key = bits ^ ((bits >> 31) & 0x7FFFFFFF)
     if dtype == tl.bfloat16:
         key = key >> 16
     return key
@@ -41,12 +44,12 @@ def key_of(x, dtype: tl.constexpr):
 def value_of(key, dtype: tl.constexpr):
     """The fp32 value whose key this is."""
     if dtype == tl.float16:
-        bits = key ^ ((key >> 63) & 0x7FFF)
+        bits = key ^ ((key >> 31) & 0x7FFF)
         return bits.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
     if dtype == tl.bfloat16:
-        key = key << 16 | ((key >> 63) & 0xFFFF)
-    bits = key ^ ((key >> 63) & 0x7FFFFFFF)
-    return bits.to(tl.int32).to(tl.float32, bitcast=True)
+        key = key << 16 | ((key >> 31) & 0xFFFF)
+    bits = key ^ ((key >> 31) & 0x7FFFFFFF)
+    return bits.to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -113,9 +116,9 @@ def _estimate(slots, scale, reference, target, top, BLOCK: tl.constexpr):
     high = top  # the mass above `high`, estimated, and the slots that hold it
     mass_above = 0.0
     slots_above = 0.0
-    step = ESTIMATE_DEPTH / (scale * PIVOTS)
-    for _ in tl.static_range(ESTIMATE_ROUNDS):
-        bins = tl.arange(0, PIVOTS)
+    step = ESTIMATE_DEPTH / (scale * BINS)
+    for _ in range(ROUNDS):
+        bins = tl.arange(0, BINS)
         bin_high = high - step * bins
         inside = (slots[:, None] >= (bin_high - step)[None, :]) & (
             (slots[:, None] < bin_high[None, :]) | ((bins == 0) & (slots_above == 0.0))[None, :]
@@ -129,7 +132,7 @@ def _estimate(slots, scale, reference, target, top, BLOCK: tl.constexpr):
         high -= step * tl.sum(short.to(tl.float32), axis=0)
         mass_above = tl.max(tl.where(short, mass, mass_above), axis=0)
         slots_above = tl.max(tl.where(short, count, slots_above), axis=0)
-        step /= PIVOTS
+        step /= BINS
     return high, slots_above / BLOCK
 
 
@@ -176,10 +179,11 @@ def _search(
     guess, hidden = _estimate(slots, scale, reference, target, top, BLOCK)
     # One key of a 16-bit dtype, or 2^13 of fp32; wider where the slots hide much.
     unit: tl.constexpr = 8192 if dtype == tl.float32 else 1
-    step = tl.where(hidden > 0.8, 3 * unit, unit).to(tl.int64)
-    first = key_of(guess, dtype) + 2 * step
+    step = tl.where(hidden > 0.8, 3 * unit, unit)
+    first = key_of(guess, dtype) + step
     last = end_t // BLOCK
-    while high - low > 1:
+    span = high.to(tl.int64) - low.to(tl.int64)
+    while span > 1:
         keys = ()
         pivots = ()
         mass = ()
@@ -214,11 +218,17 @@ def _search(
             else:
                 mass_high = tl.where(keys[i] <= high, total, mass_high)
                 high = tl.minimum(high, keys[i])
-        # From here on in equal parts of the bracket, by key and by value in turn.
-        step = tl.where(
-            (step == 0) | (high - low <= PIVOTS + 1), tl.cdiv(high - low, PIVOTS + 1), 0
-        )
-        first = high - step
+        span = high.to(tl.int64) - low.to(tl.int64)
+        equal = tl.cdiv(span, PIVOTS + 1).to(tl.int32)
+        if (span > PIVOTS + 1) & (mass_low == z):  # still below all pivots: reach further down
+            step = tl.minimum(4 * step, equal)
+            first = high - step
+        elif (span > PIVOTS + 1) & (mass_high == 0.0):  # still above all pivots
+            step = tl.minimum(4 * step, equal)
+            first = low + PIVOTS * step
+        else:  # bracketed: equal parts, by key and by value in turn
+            step = tl.where((step == 0) | (span <= PIVOTS + 1), equal, 0)
+            first = high - step
     return value_of(low, dtype), mass_high, mass_low
 
 

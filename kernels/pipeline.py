@@ -83,11 +83,12 @@ def forward_kernel(
         tl.store(loss_ptr + row, loss)
         if STATS:
             stats = stats_ptr + row * STATS_WIDTH
+            nothing = gap * 0.0  # NaN where a side has no softmax: then nothing is known
             tl.store(stats + 0, forward_kl)
             tl.store(stats + 1, reverse_kl)
-            tl.store(stats + 2, w)
-            tl.store(stats + 3, mass + k * each)
-            tl.store(stats + 4, size)
+            tl.store(stats + 2, w + nothing)
+            tl.store(stats + 3, mass + k * each + nothing)
+            tl.store(stats + 4, size + nothing)
             tl.store(stats + 5, gap)
         lse_t, lse_s, slope, offset, teacher, lost = gradient_coefficients(
             reference_t, z_t, reference_s, z_s, w, reverse_kl, kept_p, kept_q, inverse_temperature

@@ -1,0 +1,142 @@
+"""The compiled kernels against the float64 oracle, loss, statistics, head and gradient."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from tests.kernels.rows import KINDS, assert_right, make_rows, run
+
+FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
+MU = (0.01, 0.5, 0.9, 0.999)
+TEMPERATURE = (0.5, 1.0, 2.0, 4.0)
+DTYPES = list(itertools.product((FP32, BF16, FP16), repeat=2))
+
+
+def name_of(value: object) -> str:
+    return str(value).removeprefix("torch.")
+
+
+@pytest.fixture
+def small(mode: str) -> bool:
+    """The interpreter takes a second for 0.4 M logits: it gets fewer rows of the long ones."""
+    return mode == "interpreter"
+
+
+@pytest.mark.parametrize("dtypes", [(FP32, FP32), (BF16, BF16), (FP16, FP16)], ids=name_of)
+@pytest.mark.parametrize(
+    "v", [1, 2, 31, 127, 1024, 32000, 49152, 50257, 128256, 151936, 152064], ids=str
+)
+def test_vocabularies(v, dtypes, device, small):
+    """Every size, every kind of row; mu and T in pairs that meet each value of both."""
+    student, teacher = (x.to(device) for x in make_rows(v, v, *dtypes))
+    if small and v > 1024:
+        rows = [KINDS.index(kind) for kind in ("zipf", "ties")]
+        student, teacher = student[rows], teacher[rows]
+    for mu, temperature in list(zip(MU, TEMPERATURE, strict=True))[1 if small else 0 :]:
+        output = run(student, teacher, mu=mu, temperature=temperature)
+        assert_right(output, student, teacher, mu=mu, temperature=temperature)
+        if small and v > 1024:
+            return
+
+
+@pytest.mark.parametrize("dtypes", DTYPES, ids=name_of)
+@pytest.mark.parametrize("v", [127, 5003], ids=str)
+def test_mixed_dtypes(v, dtypes, device):
+    student, teacher = (x.to(device) for x in make_rows(v, v, *dtypes, seed=1))
+    upstream = torch.randn(len(KINDS), generator=torch.Generator().manual_seed(2)).to(device)
+    output = run(student, teacher, upstream=upstream)
+    assert_right(output, student, teacher, upstream=upstream)
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=name_of)
+@pytest.mark.parametrize("ties", ["stable", "average"])
+@pytest.mark.parametrize("head", ["exclusive", "inclusive"])
+def test_rules(head, ties, dtype, device, small):
+    """Both head rules and both tie rules over all mu and T."""
+    v = 3000
+    student, teacher = (x.to(device) for x in make_rows(v, v, dtype, dtype, seed=3))
+    pairs = list(itertools.product(MU, TEMPERATURE))
+    for mu, temperature in pairs[::5] if small else pairs:
+        options = {"mu": mu, "temperature": temperature, "head": head, "ties": ties}
+        assert_right(run(student, teacher, **options), student, teacher, **options)
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.3, 1.0])
+def test_fixed_weight(weight, device):
+    student, teacher = (x.to(device) for x in make_rows(3000, 3000, BF16, BF16, seed=4))
+    options = {"weight": weight, "temperature": 2.0}
+    output = run(student, teacher, **options)
+    assert_right(output, student, teacher, **options)
+    assert output.stats[:, 3:5].isnan().all()  # there is no head
+
+
+@pytest.mark.parametrize("v_s, v_t", [(151936, 152064), (152064, 151936), (5003, 4000), (40, 300)])
+def test_two_vocabularies(v_s, v_t, device, small):
+    student, teacher = (x.to(device) for x in make_rows(v_s, v_t, BF16, BF16, seed=5))
+    if small:
+        student, teacher = student[:3], teacher[:3]
+    assert_right(run(student, teacher), student, teacher)
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=name_of)
+def test_minus_infinity(dtype, device):
+    """-inf on one side, the other, both; in full blocks, in edge blocks, in whole stretches."""
+    v = 5003
+    student, teacher = (x.to(device) for x in make_rows(v, v, dtype, dtype, seed=6))
+    lowest = torch.finfo(dtype).min
+    teacher[0, 7] = teacher[1, 2500:2600] = teacher[2, 4999:] = -torch.inf
+    student[1, 9] = student[3, 2500:2600] = student[4, :2100] = -torch.inf
+    teacher[5, ::3] = student[5, ::2] = -torch.inf
+    teacher[6, 100:4900] = student[6, 100:4900] = -torch.inf
+    teacher[7, 50:60] = student[7, 50:60] = lowest  # a mask that is no infinity
+    teacher[8, :3000] = -torch.inf
+    assert_right(run(student, teacher), student, teacher)
+
+
+def test_rows_that_are_not_valid_are_nan_alone(device):
+    student, teacher = (x.to(device) for x in make_rows(3000, 3000, BF16, BF16, seed=7))
+    good = run(student, teacher)
+    teacher[1, 2999] = student[2, 0] = torch.nan
+    teacher[3, 1500] = student[4, 2500] = torch.inf
+    teacher[5] = student[6] = -torch.inf
+    bad = run(student, teacher)
+    for i in range(len(KINDS)):
+        if 1 <= i <= 6:
+            assert bad.loss[i].isnan() and bad.stats[i].isnan().all()
+            assert bad.gradient[i].isnan().all()
+        else:
+            assert torch.equal(bad.loss[i], good.loss[i])
+            assert torch.equal(bad.gradient[i], good.gradient[i])
+
+
+def test_ignored_rows_are_exactly_zero(device):
+    student, teacher = (x.to(device) for x in make_rows(3000, 3000, BF16, BF16, seed=8))
+    good = run(student, teacher)
+    counted = torch.tensor([i % 3 != 1 for i in range(len(KINDS))], device=device)
+    student[~counted] = teacher[~counted] = torch.nan
+    output = run(student, teacher, counted=counted)
+    for ours, all_rows in zip(output, good, strict=True):
+        assert torch.equal(ours[counted], all_rows[counted])
+        assert (ours[~counted] == 0).all()
+    nothing = run(student, teacher, counted=torch.zeros_like(counted))
+    assert all((x == 0).all() for x in nothing)
+
+
+@pytest.mark.parametrize("v", [3000, 5003])
+def test_one_launch_writes_the_same_gradient(v, device):
+    student, teacher = (x.to(device) for x in make_rows(v, v, BF16, BF16, seed=9))
+    upstream = torch.linspace(-1, 2, len(KINDS), device=device)
+    two = run(student, teacher, upstream=upstream)
+    one = run(student, teacher, upstream=upstream, in_one_launch=True)
+    for a, b in zip(one, two, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_the_same_run_twice_is_bitwise_equal(device):
+    student, teacher = (x.to(device) for x in make_rows(5003, 5003, BF16, FP32, seed=10))
+    first, second = run(student, teacher), run(student, teacher)
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(a, b)
