@@ -37,6 +37,7 @@ MU_SLACK = 2e-6  # relative; where a cumulative mass hits mu, rounding decides
 LOSS_LIMIT = 1e-5  # of 1 + |loss|
 GRADIENT_LIMIT = 2e-6  # beyond what storing the exact gradient in its dtype costs
 IGNORED = -100
+FIXED_WEIGHT = {"forward_kl": 1.0, "reverse_kl": 0.0, "mixed_kl": 0.3}
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 SHORT = {FP32: "fp32", BF16: "bf16", FP16: "fp16"}
 
@@ -126,7 +127,7 @@ CASES = (
     Case("one row holds NaN", edit=_break_one),
     Case("forward_kl", loss="forward_kl"),
     Case("reverse_kl", loss="reverse_kl"),
-    Case("mixed_kl", loss="mixed_kl", options={"weight": 0.3}),
+    Case("mixed_kl", loss="mixed_kl", options={"weight": FIXED_WEIGHT["mixed_kl"]}),
 )
 
 
@@ -253,8 +254,7 @@ def at_the_head_taken(case: Case, student: Tensor, teacher: Tensor, size: Tensor
     if case.loss == "adaptive_kl":
         weight, wrong_head = weight_of_head(student, teacher, size, **case.options)
     else:
-        fixed = {"forward_kl": 1.0, "reverse_kl": 0.0, "mixed_kl": case.options.get("weight")}
-        weight = torch.full_like(forward.loss, fixed[case.loss])
+        weight = torch.full_like(forward.loss, FIXED_WEIGHT[case.loss])
         wrong_head = torch.zeros_like(weight, dtype=torch.bool)
     return Expected(
         loss=weight * forward.loss + (1.0 - weight) * reverse.loss,

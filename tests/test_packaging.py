@@ -1,0 +1,123 @@
+"""What is installed: kernels/ as akl_triton.kernels, from a wheel and from an sdist alike."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from importlib.metadata import requires
+from pathlib import Path
+
+import pytest
+
+from akl_triton.cli import REQUIRES
+
+ROOT = Path(__file__).resolve().parents[1]
+KERNELS = {path.name for path in (ROOT / "kernels").glob("*.py")}
+
+
+@pytest.fixture(scope="module")
+def distributions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the sdist, and the wheel that is built from it."""
+    source = tmp_path_factory.mktemp("source") / "tree"
+    source.mkdir()
+    for name in ("akl_triton", "kernels", "tests", "bench"):
+        shutil.copytree(
+            ROOT / name,
+            source / name,
+            symlinks=True,
+            ignore=shutil.ignore_patterns("__pycache__"),
+        )
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    out = tmp_path_factory.mktemp("dist")
+    subprocess.run(
+        [sys.executable, "-m", "build", "--no-isolation", "--outdir", out, source],
+        cwd=out,
+        check=True,
+        stdout=subprocess.DEVNULL,
+    )
+    return out
+
+
+def test_kernels_is_no_package_of_its_own() -> None:
+    """A top-level package `kernels` would shadow the one that transformers imports."""
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    link = ROOT / "akl_triton" / "kernels"
+    assert link.is_symlink() and link.resolve() == ROOT / "kernels"
+
+
+def test_wheel(distributions: Path) -> None:
+    (wheel,) = distributions.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        (entry_points,) = (n for n in names if n.endswith("entry_points.txt"))
+        assert "akl-triton = akl_triton.cli:main" in archive.read(entry_points).decode()
+    top_level = {name.split("/")[0] for name in names}
+    assert {name for name in top_level if not name.endswith(".dist-info")} == {"akl_triton"}
+    prefix = "akl_triton/kernels/"
+    assert {name.removeprefix(prefix) for name in names if name.startswith(prefix)} == KERNELS
+    modules = {str(path.relative_to(ROOT)) for path in (ROOT / "akl_triton").rglob("*.py")}
+    assert modules | {"akl_triton/py.typed"} <= set(names)
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+
+
+def test_sdist(distributions: Path) -> None:
+    (sdist,) = distributions.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        names = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
+    assert {f"kernels/{name}" for name in KERNELS} <= names
+    assert "kernels/__init__.py" not in names
+
+
+def test_import_loads_nothing_heavy_but_torch() -> None:
+    """`import akl_triton` costs what `import torch` costs, wherever the package is used."""
+    script = """
+import sys, torch
+before = set(sys.modules)
+import akl_triton
+heavy = {"triton", "numpy", "rich", "matplotlib", "transformers", "akl_triton.kernels.pipeline"}
+print(sorted(heavy & (set(sys.modules) - before)))
+"""
+    assert python(script) == "[]"
+
+
+def test_works_without_triton() -> None:
+    script = """
+import sys
+sys.modules["triton"] = None
+import torch, akl_triton
+student = torch.zeros(2, 8, requires_grad=True)
+akl_triton.adaptive_kl(student, torch.eye(2, 8)).backward()
+assert student.grad.abs().sum() > 0
+try:
+    akl_triton.adaptive_kl(student, torch.eye(2, 8), backend="triton")
+except ValueError as error:
+    print(error)
+"""
+    assert "triton is not installed" in python(script)
+
+
+def python(script: str) -> str:
+    result = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    return result.stdout.strip()
+
+
+def test_extras_bring_what_the_commands_import() -> None:
+    extras: dict[str, set[str]] = {}
+    for requirement in requires("akl-triton") or []:
+        name, _, marker = requirement.partition(";")
+        if extra := re.search(r"extra == ['\"](\w+)['\"]", marker):
+            distribution = re.match(r"[\w.-]+(\[\w+\])?", name)
+            assert distribution
+            extras.setdefault(extra[1], set()).add(distribution[0].lower().replace("-", "_"))
+    for names in extras.values():
+        if "akl_triton[cli]" in names:
+            names |= extras["cli"]
+    for extra_name, modules in REQUIRES.values():
+        assert set(modules) <= extras.get(extra_name, set())
