@@ -35,7 +35,6 @@ def triton_obstacle(device_type: str) -> str | None:
     return None if runs_on == device_type else f"triton runs on {runs_on}, not on {device_type}"
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def resolve_backend(backend: str, device_type: str) -> str:
     """The backend that `backend` means for tensors of this device; ValueError if it cannot run."""
     if backend == TORCH:
@@ -46,6 +45,10 @@ def resolve_backend(backend: str, device_type: str) -> str:
     if backend == TRITON:
         raise ValueError(f"backend: expected one that can run here, got 'triton', but {obstacle}")
     return TORCH
+
+
+# What torch.compiler.assume_constant_result does, which would import all of torch._dynamo.
+resolve_backend._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def as_rows(logits: Tensor) -> Tensor:
