@@ -14,7 +14,7 @@ infinite or NaN, and such a row is swept again with the edge block's code everyw
 import triton
 import triton.language as tl
 
-from .rows import LOWEST, edge_block, full_blocks_end, load_edge, load_full, rounded_sum
+from .rows import LOWEST, UNROLL, edge_block, full_blocks_end, load_edge, load_full, rounded_sum
 
 LN2 = tl.constexpr(0.6931471805599453)
 
@@ -78,10 +78,9 @@ def row_divergence(
         count_ties = tl.zeros((BLOCK,), tl.float32)
         lost_p = tl.zeros((BLOCK,), tl.float32)
         lost_q = tl.zeros((BLOCK,), tl.float32)
-        for block in range(1, full_end):
-            offsets = block * BLOCK + columns
-            t = load_full(t_row, offsets)
-            s = load_full(s_row, offsets)
+        for block in tl.range(1, full_end, loop_unroll_factor=UNROLL):
+            t = load_full(t_row, block, BLOCK)
+            s = load_full(s_row, block, BLOCK)
             log_p = t * scale - lse_t
             log_q = s * scale - lse_s
             p = tl.exp2(log_p)

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from .divergence import LN2, normaliser
-from .rows import LOWEST, edge_block, load_edge, load_full
+from .rows import LOWEST, UNROLL, edge_block, load_edge, load_full
 
 
 @triton.jit
@@ -40,10 +40,10 @@ def row_gradient(
 ):  # fmt: skip
     """Write ds of one row; blocks 1 .. full_end-1 are finite on both sides."""
     columns = tl.arange(0, BLOCK)
-    for block in range(1, full_end):
+    for block in tl.range(1, full_end, loop_unroll_factor=UNROLL):
         offsets = block * BLOCK + columns
-        log_p = load_full(t_row, offsets) * scale - lse_t
-        log_q = load_full(s_row, offsets) * scale - lse_s
+        log_p = load_full(t_row, block, BLOCK) * scale - lse_t
+        log_q = load_full(s_row, block, BLOCK) * scale - lse_s
         factor = offset
         if REVERSE:
             factor = slope * (log_p - log_q) + offset

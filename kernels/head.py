@@ -18,7 +18,7 @@ import triton.language as tl
 from .rows import LOWEST, load_edge, load_full
 
 PIVOTS = tl.constexpr(6)
-# The estimate narrows its bracket to a BINS-th in every round; BINS x BLOCK values stay in registers.
+# The estimate narrows its bracket to a BINS-th every round; BINS x BLOCK values are in registers.
 BINS = tl.constexpr(4)
 ROUNDS = tl.constexpr(5)
 # Nothing 2^-64 below the most probable token can hold a visible share of the mass.
@@ -120,8 +120,8 @@ def _estimate(slots, scale, reference, target, top, BLOCK: tl.constexpr):
     for _ in range(ROUNDS):
         bins = tl.arange(0, BINS)
         bin_high = high - step * bins
-        inside = (slots[:, None] >= (bin_high - step)[None, :]) & (
-            (slots[:, None] < bin_high[None, :]) | ((bins == 0) & (slots_above == 0.0))[None, :]
+        inside = (slots[:, None] > (bin_high - step)[None, :]) & (
+            slots[:, None] <= bin_high[None, :]
         )
         held = tl.sum(inside.to(tl.float32), axis=0)
         total = tl.sum(tl.where(inside, slot_mass[:, None], 0.0), axis=0)
@@ -197,7 +197,7 @@ def _search(
         high_value = value_of(high, dtype)
         low_value = value_of(low, dtype)
         for block in range(1, last):
-            t = load_full(t_row, block * BLOCK + columns)
+            t = load_full(t_row, block, BLOCK)
             mass, below, above = _add_masses(
                 t, mass, pivots, below, above, low_value, high_value, scale, reference, dtype
             )

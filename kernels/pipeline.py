@@ -64,7 +64,7 @@ def forward_kernel(
         end_t = lead + V_t
         end_s = lead + V_s
         reference_t, z_t, reference_s, z_s, slots = row_statistics(
-            t_row, s_row, lead, end_t, end_s, scale, BLOCK
+            t_row, s_row, lead, end_t, end_s, scale, HAS_HEAD, BLOCK
         )
         crossing, mass, k, each, cut = 0.0, float("nan"), float("nan"), 0.0, 0
         if HAS_HEAD:

@@ -10,7 +10,7 @@ rescaled; a row whose sum outgrows it is summed again from its true maximum.
 import triton
 import triton.language as tl
 
-from .rows import SUM_LIMIT, edge_block, full_blocks_end, load_edge, load_full
+from .rows import SUM_LIMIT, UNROLL, edge_block, full_blocks_end, load_edge, load_full
 
 
 @triton.jit
@@ -21,6 +21,7 @@ def row_statistics(
     end_t,  # lead + V of the teacher
     end_s,  # lead + V of the student
     scale,
+    SLOTS: tl.constexpr,  # whether the slot maxima are wanted; -inf otherwise
     BLOCK: tl.constexpr,
 ):
     """(reference_t, Z_t, reference_s, Z_s, slots [BLOCK]); Z is NaN for a row that is not valid."""
@@ -37,27 +38,28 @@ def row_statistics(
     while sweeps > 0:
         sum_t = tl.zeros((BLOCK,), tl.float32)
         sum_s = tl.zeros((BLOCK,), tl.float32)
-        for block in range(1, full):
-            offsets = block * BLOCK + columns
-            t = load_full(t_row, offsets)
-            s = load_full(s_row, offsets)
+        for block in tl.range(1, full, loop_unroll_factor=UNROLL):
+            t = load_full(t_row, block, BLOCK)
+            s = load_full(s_row, block, BLOCK)
             sum_t += tl.exp2(t * scale - reference_t)
             sum_s += tl.exp2(s * scale - reference_s)
-            slots = tl.maximum(slots, t)
+            if SLOTS:
+                slots = tl.maximum(slots, t)
         for edge in range(0, edges):
             offsets = edge_block(edge, full) * BLOCK + columns
             t = load_edge(t_row, offsets, lead, end_t)
             s = load_edge(s_row, offsets, lead, end_s)
             sum_t += tl.exp2(t * scale - reference_t)
             sum_s += tl.exp2(s * scale - reference_s)
-            slots = tl.maximum(slots, t)
+            if SLOTS:
+                slots = tl.maximum(slots, t)
         z_t = tl.sum(sum_t, axis=0)
         z_s = tl.sum(sum_s, axis=0)
         sweeps -= 1
         if (z_t < SUM_LIMIT) & (z_s < SUM_LIMIT):  # false for NaN
             sweeps = 0
         elif sweeps > 0:
-            reference_t = scale * tl.max(slots, axis=0)
+            reference_t = scale * _row_max(t_row, lead, end_t, BLOCK)
             reference_s = scale * _row_max(s_row, lead, end_s, BLOCK)
     return reference_t, z_t, reference_s, z_s, slots
 

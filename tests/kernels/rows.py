@@ -15,6 +15,7 @@ from torch import Tensor
 from akl_triton.kernels import pipeline
 from akl_triton.reference import Head, Ties, reference_adaptive_kl
 from tests.boundary import acceptable_heads, assert_head_matches
+from tests.kernels.conftest import INTERPRETER
 
 KINDS = (
     "normal",
@@ -173,7 +174,9 @@ def assert_right(
         assert (off <= allowed).all(), f"{name}: {_rows(off > allowed)} off by {off.max():.1e}"
     # One rounding to the gradient's dtype, and a few of the two terms that may cancel.
     terms = torch.maximum(p, q).amax(1).double() * (1 + forward.reverse_kl) / temperature
-    rounding = torch.finfo(student.dtype).eps / 2 * exact_gradient.abs().amax(1)
+    # (The interpreter truncates to bf16 where hardware rounds.)
+    roundings = 1.0 if INTERPRETER else 0.5
+    rounding = roundings * torch.finfo(student.dtype).eps * exact_gradient.abs().amax(1)
     allowed = rounding + EPSILON * terms * scale.abs() + torch.finfo(student.dtype).tiny
     _assert_no_further("gradient", gradient, torch_gradient, exact_gradient, allowed)
 

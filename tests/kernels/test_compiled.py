@@ -1,0 +1,150 @@
+"""What the compiler made of the kernels, which no interpreter shows.
+
+A loop variable read after its loop once let LLVM delete all that followed, and the kernel still
+compiled. So every kernel is compiled for every target, and its loops, loads, stores and exps must
+be there; and random orders of the warps must not change a bit, which a missing barrier would.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from akl_triton.kernels import pipeline
+from bench import ptxcpu
+from bench.compile import TARGETS, record_launches
+from bench.sass import analyse
+from tests.kernels.conftest import INTERPRETER
+from tests.kernels.rows import make_rows, run
+
+pytestmark = pytest.mark.skipif(INTERPRETER, reason="the interpreter compiles nothing")
+
+STAGES = ("statistics.py", "head.py", "divergence.py", "gradient.py")
+RULE = {"mu": 0.5, "temperature": 1.0, "inclusive": False, "stable": True}
+
+
+def launches(target: str, v: int = 151_936, weight: float | None = None) -> dict[str, object]:
+    """The kernels that a forward with gradient, and a forward and backward, launch."""
+    student = torch.zeros(1, 2, v, dtype=torch.bfloat16)
+    loss, state, ones = torch.zeros(2), torch.zeros(2, 8), torch.ones(2)
+    with record_launches(target) as recorded:
+        pipeline.forward(
+            student,
+            student.clone(),
+            None,
+            loss,
+            None,
+            None,
+            **RULE,
+            weight=weight,
+            gradient=torch.zeros_like(student),
+            upstream=ones,
+        )
+        pipeline.forward(student, student.clone(), None, loss, state, None, **RULE, weight=weight)
+        pipeline.backward(
+            torch.zeros_like(student),
+            student,
+            student.clone(),
+            None,
+            state,
+            ones,
+            temperature=1.0,
+            reverse=weight != 1.0,
+        )
+    names = ("forward with gradient", "forward", "backward")
+    return dict(zip(names, recorded, strict=True))
+
+
+@pytest.mark.parametrize("weight", [None, 1.0])
+@pytest.mark.parametrize("target", TARGETS)
+def test_loops_loads_stores_and_exps_are_there(target, weight):
+    stages = {
+        "forward with gradient": ["statistics.py", "head.py", "divergence.py", "gradient.py"],
+        "forward": ["statistics.py", "head.py", "divergence.py"],
+        "backward": ["gradient.py"],
+    }
+    for name, launch in launches(target, weight=weight).items():
+        code = analyse(launch.compiled)
+        by_file = code.loops_by_file(STAGES)
+        for stage in stages[name]:
+            if stage == "head.py" and weight is not None:
+                assert not by_file.get(stage), "no head is searched where the weight is fixed"
+                continue
+            loops = by_file[stage]
+            assert loops, f"{name}: no loop of {stage}"
+            assert any(sum(loop.body.global_loads.values()) for loop in loops), (name, stage)
+            assert any(loop.body.special.get("ex2", 0) for loop in loops), (name, stage)
+        if "gradient.py" in stages[name]:
+            assert all(sum(loop.body.global_stores.values()) for loop in by_file["gradient.py"])
+        assert sum(code.whole.global_stores.values()) > 0
+
+
+@pytest.mark.parametrize("v", [151_936, 50_257])
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
+def test_full_blocks_move_16_bytes_without_barriers(target, v):
+    """The leanest loop of each stage is that of its full blocks: 2 exps a logit pair (A, B, C)."""
+    launch = launches(target, v)["forward with gradient"]
+    code = analyse(launch.compiled)
+    per_thread = code.elements_per_thread(launch.constexprs["BLOCK"])
+    for stage in ("statistics.py", "divergence.py", "gradient.py"):
+        with_exps = [
+            loop for loop in code.loops_by_file(STAGES)[stage] if loop.body.special.get("ex2", 0)
+        ]
+        full = min(with_exps, key=lambda loop: loop.body.instructions).body
+        assert set(full.global_loads) == {16}, (stage, full.global_loads)
+        assert full.special["ex2"] == 2 * per_thread * full.global_loads[16] // 2
+        assert full.barriers == full.shuffles == full.local_accesses == 0, stage
+        if stage == "gradient.py":
+            assert set(full.global_stores) == {16}
+
+
+def test_one_compilation_serves_all_sizes():
+    """N, V, mu and T are run-time values: only the alignment class of the rows recompiles."""
+    seen = set()
+    with record_launches("sm_90") as recorded:
+        for n, v, mu, temperature in (
+            (1, 32_000, 0.5, 1.0),
+            (7, 151_936, 0.9, 2.0),
+            (64, 49_152, 0.1, 1.0),
+        ):
+            student = torch.zeros(1, n, v, dtype=torch.bfloat16)
+            pipeline.forward(
+                student,
+                student.clone(),
+                None,
+                torch.zeros(n),
+                torch.zeros(n, 8),
+                None,
+                mu=mu,
+                temperature=temperature,
+                inclusive=False,
+                stable=True,
+                weight=None,
+            )
+    seen = {launch.compiled.hash for launch in recorded}
+    assert len(recorded) == 3
+    assert len(seen) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_no_race_between_warps(dtype):
+    student, teacher = make_rows(5003, 5003, dtype, dtype)
+    with ptxcpu.active(arch=90):
+        lockstep = run(student, teacher, temperature=2.0)
+    for schedule in (1, 2, 3, 4):
+        with ptxcpu.active(arch=90, sched=schedule):
+            output = run(student, teacher, temperature=2.0)
+        for ours, expected in zip(output, lockstep, strict=True):
+            assert torch.equal(ours, expected), f"schedule {schedule}"
+
+
+@pytest.mark.parametrize("arch", [80, 100])
+def test_other_architectures_compute_the_same(arch):
+    student, teacher = make_rows(3000, 3000, torch.bfloat16, torch.bfloat16)
+    with ptxcpu.active(arch=90):
+        expected = run(student, teacher)
+    with ptxcpu.active(arch=arch):
+        output = run(student, teacher)
+    for ours, theirs in zip(output[:2], expected[:2], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=2e-6, atol=2e-6)
+    torch.testing.assert_close(output.gradient, expected.gradient, rtol=1e-2, atol=1e-6)

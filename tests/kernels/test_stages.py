@@ -1,0 +1,167 @@
+"""Each stage as a kernel of its own, given the oracle's values for what earlier stages find."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+from akl_triton.kernels.divergence import row_divergence
+from akl_triton.kernels.gradient import gradient_coefficients, row_gradient
+from akl_triton.kernels.head import head_boundary
+from akl_triton.kernels.statistics import row_statistics
+from akl_triton.reference import reference_adaptive_kl
+
+V = 3001  # two full blocks and one that is not
+BLOCK = 1024
+LOG2E = 1.4426950408889634
+
+
+@triton.jit
+def statistics_kernel(t_ptr, s_ptr, out_ptr, slots_ptr, V, scale, BLOCK: tl.constexpr):
+    reference_t, z_t, reference_s, z_s, slots = row_statistics(
+        t_ptr, s_ptr, 0, V, V, scale, True, BLOCK
+    )
+    tl.store(out_ptr + 0, reference_t)
+    tl.store(out_ptr + 1, z_t)
+    tl.store(out_ptr + 2, reference_s)
+    tl.store(out_ptr + 3, z_s)
+    tl.store(slots_ptr + tl.arange(0, BLOCK), slots)
+
+
+@triton.jit
+def head_kernel(t_ptr, slots_ptr, out_ptr, V, scale, reference, z, mu, BLOCK: tl.constexpr):
+    slots = tl.load(slots_ptr + tl.arange(0, BLOCK))
+    crossing, mass, k, each, cut = head_boundary(
+        t_ptr, 0, V, scale, reference, z, slots, mu, False, True, BLOCK
+    )
+    tl.store(out_ptr + 0, crossing)
+    tl.store(out_ptr + 1, mass)
+    tl.store(out_ptr + 2, k)
+    tl.store(out_ptr + 3, each)
+    tl.store(out_ptr + 4, cut.to(tl.float32))
+
+
+@triton.jit
+def divergence_kernel(
+    t_ptr, s_ptr, out_ptr, V, scale,
+    reference_t, z_t, reference_s, z_s, crossing, k, cut,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    forward_kl, reverse_kl, w, gap, size, kept_p, kept_q, full_end = row_divergence(
+        t_ptr, s_ptr, 0, V, V, scale, reference_t, z_t, reference_s, z_s, crossing, k, cut,
+        0.0, True, True, True, True, True, BLOCK,
+    )  # fmt: skip
+    tl.store(out_ptr + 0, forward_kl)
+    tl.store(out_ptr + 1, reverse_kl)
+    tl.store(out_ptr + 2, w)
+    tl.store(out_ptr + 3, gap)
+    tl.store(out_ptr + 4, size)
+    tl.store(out_ptr + 5, kept_p)
+    tl.store(out_ptr + 6, kept_q)
+    tl.store(out_ptr + 7, full_end.to(tl.float32))
+
+
+@triton.jit
+def gradient_kernel(
+    ds_ptr, t_ptr, s_ptr, V, scale, inverse_temperature,
+    reference_t, z_t, reference_s, z_s, w, reverse_kl, full_end,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    lse_t, lse_s, slope, offset, teacher, lost = gradient_coefficients(
+        reference_t, z_t, reference_s, z_s, w, reverse_kl, 1.0, 1.0, inverse_temperature
+    )
+    row_gradient(
+        ds_ptr, t_ptr, s_ptr, 0, V, V, scale, full_end,
+        lse_t, lse_s, slope, offset, teacher, lost, True, BLOCK,
+    )  # fmt: skip
+
+
+class Row:
+    """A teacher and a student row, the oracle, and the quantities that pass between stages."""
+
+    def __init__(self, device: torch.device, temperature: float = 2.0):
+        g = torch.Generator().manual_seed(0)
+        self.teacher = (3 * torch.randn(V, generator=g)).bfloat16().to(device)
+        noise = torch.randn(V, generator=g).to(device)
+        self.student = (self.teacher.float() + noise).bfloat16()
+        self.temperature, self.scale = temperature, LOG2E / temperature
+        self.oracle = reference_adaptive_kl(
+            self.student[None].cpu(), self.teacher[None].cpu(), temperature=temperature
+        )
+        # Any reference will do: not the kernel's own, so that nothing hangs on it.
+        self.reference_t, self.z_t = self._normaliser(self.teacher)
+        self.reference_s, self.z_s = self._normaliser(self.student)
+        t = self.teacher.double().cpu()
+        order = t.argsort(descending=True, stable=True)
+        self.size = int(self.oracle.head_size)
+        self.crossing = float(t[order[self.size - 1]])
+        self.above = int((t > self.crossing).sum())
+        self.k = self.size - self.above
+        self.cut = int(order[self.size - 1]) + 1
+        padded = torch.nn.functional.pad(self.teacher.float(), (0, -V % BLOCK), value=-torch.inf)
+        self.slots = padded.view(-1, BLOCK).amax(0)
+
+    def _normaliser(self, x: torch.Tensor) -> tuple[float, float]:
+        scaled = x.double().cpu() * self.scale
+        reference = float(scaled.max().float()) - 3.0
+        return reference, float((scaled - reference).exp2().sum())
+
+
+@pytest.fixture
+def row(device: torch.device) -> Row:
+    return Row(device)
+
+
+def test_statistics(row: Row, device: torch.device) -> None:
+    out = torch.full((4,), torch.nan, device=device)
+    slots = torch.full((BLOCK,), torch.nan, device=device)
+    statistics_kernel[(1,)](row.teacher, row.student, out, slots, V, row.scale, BLOCK=BLOCK)
+    assert torch.equal(slots, row.slots)
+    for logits, (reference, z) in ((row.teacher, out[:2]), (row.student, out[2:])):
+        lse = torch.logsumexp(logits.double().cpu() / row.temperature, 0) * LOG2E
+        assert abs(reference.double().cpu() + z.double().cpu().log2() - lse) < 1e-6
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 4.0])
+def test_head(temperature: float, device: torch.device) -> None:
+    row = Row(device, temperature)
+    out = torch.full((5,), torch.nan, device=device)
+    head_kernel[(1,)](
+        row.teacher, row.slots, out, V, row.scale, row.reference_t, row.z_t, 0.5, BLOCK=BLOCK
+    )
+    crossing, mass, k, each, cut = out.tolist()
+    if k == 0:  # the oracle's last head token then stands above the crossing logit
+        above = row.teacher.float() > crossing
+        assert (int(above.sum()), cut) == (row.size, 0)
+    else:
+        assert (crossing, k) == (row.crossing, row.k)
+        assert cut == row.cut or (cut == V and k == int((row.teacher.float() == crossing).sum()))
+    assert abs(mass + k * each - float(row.oracle.head_mass)) < 1e-6
+
+
+def test_divergence(row: Row, device: torch.device) -> None:
+    out = torch.full((8,), torch.nan, device=device)
+    divergence_kernel[(1,)](
+        row.teacher, row.student, out, V, row.scale,
+        row.reference_t, row.z_t, row.reference_s, row.z_s,
+        row.crossing, float(row.k), row.cut, BLOCK=BLOCK,
+    )  # fmt: skip
+    o = row.oracle
+    expected = [o.forward_kl, o.reverse_kl, o.head_weight, o.gap, o.head_size]
+    expected = [float(x) for x in expected] + [1.0, 1.0, V // BLOCK]
+    torch.testing.assert_close(
+        out.cpu().double(), torch.tensor(expected).double(), rtol=1e-6, atol=1e-6
+    )
+
+
+def test_gradient(row: Row, device: torch.device) -> None:
+    gradient = torch.full((V,), torch.nan, device=device)
+    gradient_kernel[(1,)](
+        gradient, row.teacher, row.student, V, row.scale, 1 / row.temperature,
+        row.reference_t, row.z_t, row.reference_s, row.z_s,
+        float(row.oracle.head_weight), float(row.oracle.reverse_kl), V // BLOCK, BLOCK=BLOCK,
+    )  # fmt: skip
+    exact = row.oracle.grad[0]
+    assert (gradient.cpu().double() - exact).abs().max() < 1e-6 * exact.abs().max()
