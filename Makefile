@@ -12,8 +12,10 @@ INSTALL := install --quiet --disable-pip-version-check -c constraints.txt
 demo: $(READY)
 	$(BIN)/akl-triton demo
 
+# Kernels run as compiled PTX on the CPU (or on a GPU, if there is one), then in the interpreter.
 test: $(READY)
 	$(BIN)/python -m pytest -n $(JOBS)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(JOBS) tests/kernels
 
 lint: $(READY)
 	$(BIN)/ruff check .
