@@ -1,0 +1,90 @@
+"""What the documentation shows runs, and gives what it says."""
+
+from __future__ import annotations
+
+import doctest
+import inspect
+import re
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import akl_triton
+from akl_triton import functional, modules, reference
+from akl_triton.cli import build_parser
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+@pytest.mark.parametrize("module", [functional, modules, reference], ids=lambda m: m.__name__)
+def test_examples_of_docstrings(module: ModuleType) -> None:
+    results = doctest.testmod(module, extraglobs={"torch": torch})
+    assert results.attempted > 0
+    assert results.failed == 0
+
+
+@pytest.mark.parametrize("name", akl_triton.__all__)
+def test_public_docstrings_have_their_headings(name: str) -> None:
+    public = getattr(akl_triton, name)
+    assert public.__doc__
+    if name.endswith("_kl"):
+        for heading in ("Math:", "Reference:", "Example:"):
+            assert heading in public.__doc__, f"{name} lacks {heading}"
+
+
+def test_before_and_after_in_the_readme_agree() -> None:
+    """The first snippet is the forward KL: so is the second, with forward_kl in its place."""
+    before, after = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+
+    def gradient(code: str) -> tuple[float, torch.Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        student, teacher = torch.randn(2, 2, 6, 40, generator=generator)
+        labels = torch.arange(12).view(2, 6)
+        labels[0, 2:4] = -100
+        names: dict[str, Any] = {
+            "F": F,
+            "student_logits": student.requires_grad_(),
+            "teacher_logits": teacher,
+            "labels": labels,
+        }
+        exec(code, names)
+        assert student.grad is not None
+        return names["loss"].item(), student.grad
+
+    loss, grad = gradient(after.replace("adaptive_kl", "forward_kl"))
+    expected_loss, expected_grad = gradient(before)
+    assert loss == pytest.approx(expected_loss, rel=1e-6)
+    torch.testing.assert_close(grad, expected_grad)
+    assert gradient(after)[0] != pytest.approx(expected_loss, rel=1e-3)
+
+
+def test_the_readme_lists_every_option_with_its_default() -> None:
+    _, table = README.split("| option | default |")
+    table, _ = table.split("\n\n", 1)
+    rows = dict(re.findall(r"^\| `(\w+)` \| `([^`]+)` \|", table, flags=re.MULTILINE))
+    options: dict[str, str] = {}
+    for function in (akl_triton.adaptive_kl, akl_triton.mixed_kl):
+        for parameter in inspect.signature(function).parameters.values():
+            if parameter.kind is parameter.KEYWORD_ONLY:
+                default = parameter.default
+                options[parameter.name] = (
+                    f'"{default}"' if isinstance(default, str) else f"{default}"
+                )
+    assert rows == options
+
+
+def test_links_of_the_documents_lead_somewhere() -> None:
+    for document in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md"):
+        for target in re.findall(r"\]\((?!http)([^)#]+)\)", (ROOT / document).read_text()):
+            assert (ROOT / target).exists(), f"{document} links to {target}"
+
+
+def test_the_readme_names_every_command() -> None:
+    usage = build_parser().format_help()
+    for command in ("env", "check", "bench", "demo"):
+        assert command in usage and f"akl-triton {command}" in README
