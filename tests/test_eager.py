@@ -158,6 +158,7 @@ def check(student: Tensor, teacher: Tensor, options: Options = DEFAULTS) -> None
         reference_adaptive_kl(student, teacher, temperature=options.temperature, weight=weight)
         for weight in (1.0, 0.0)
     )
+    assert not (stats["head_weight"] > 1.0).any()
     # Where the gap is rounding, so is the weight; but then it must hardly matter.
     w = stats["head_weight"].double()
     accepted = acceptable_heads(student, teacher, **options._asdict())
