@@ -156,7 +156,8 @@ def row_divergence(
             k = tl.minimum(k, ties)
             g_head += g_ties * (k / tl.maximum(ties, 1.0))
         size += k
-        weight = tl.where(gap == 0.0, 0.5, g_head / gap)
+        weight = tl.where(g_head > gap, 1.0, g_head / gap)  # two sums of the same terms may differ
+        weight = tl.where(gap == 0.0, 0.5, weight)
     else:
         size = float("nan")
     kept_p = 1.0 - factor_t * dropped_p

@@ -164,4 +164,5 @@ def test_gradient(row: Row, device: torch.device) -> None:
         float(row.oracle.head_weight), float(row.oracle.reverse_kl), V // BLOCK, BLOCK=BLOCK,
     )  # fmt: skip
     exact = row.oracle.grad[0]
-    assert (gradient.cpu().double() - exact).abs().max() < 1e-6 * exact.abs().max()
+    # A few roundings of its two terms, which are no larger than a probability.
+    assert (gradient.cpu().double() - exact).abs().max() < 2e-6 * exact.abs().max()
