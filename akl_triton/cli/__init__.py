@@ -76,7 +76,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     demo = commands.add_parser("demo", help="distil a small language model on this machine")
     add_device(demo, "cpu", "cuda", "mps")
-    demo.add_argument("--steps", type=_integer(1), default=30, help="default: 30")
+    demo.add_argument("--steps", type=_integer(1), default=40, help="default: 40")
     demo.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     demo.add_argument("--seed", type=_integer(0), default=0, help="order of the batches")
     demo.add_argument(

@@ -33,7 +33,7 @@ LOSSES = {"AKL": adaptive_kl, "FKL": forward_kl, "RKL": reverse_kl}
 COLOURS = {"AKL": "#0072B2", "FKL": "#D55E00", "RKL": "#009E73"}
 
 SEQUENCE = 128  # tokens
-BATCH = 4  # sequences
+BATCH = 2  # sequences
 HELD_OUT = 8  # sequences that no student is trained on
 FIRST, LAST = 3, 9  # layers the student keeps: dropping a block from within hurts the least
 LEARNING_RATE = 1e-3
