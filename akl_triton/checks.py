@@ -86,7 +86,7 @@ def check_num_items(num_items: int | Tensor | None, reduction: str, student: Ten
 
 
 def check_inplace(student: Tensor) -> None:
-    """The student logits may be overwritten: they own all their elements and nobody's parameters."""
+    """The student logits may be overwritten: they own their elements and are no parameter."""
     if not student.is_contiguous():
         what = "an expanded" if 0 in student.stride() else "a non-contiguous"
         raise ValueError(

@@ -328,7 +328,7 @@ def _divergence(
     options = (float(mu), float(temperature), head, ties, weight, return_stats, chosen)
     rows_s, rows_t = ops.as_rows(student), ops.as_rows(teacher)
     if rows_s.shape != (*rows_t.shape[:2], rows_s.shape[2]):  # one needed two strides, one did not
-        rows_s, rows_t = (x.reshape(*student.shape[:2], -1) for x in (student, teacher))
+        rows_s, rows_t = (x.reshape(*student.shape[:2], x.shape[-1]) for x in (student, teacher))
 
     if inplace and student.requires_grad and torch.is_grad_enabled():
         scale = torch.as_tensor(factor, dtype=torch.float32, device=student.device)

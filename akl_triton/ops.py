@@ -8,7 +8,7 @@
 Logits are [outer, inner, V] with unit stride in V (`as_rows`), N = outer * inner rows.
 """
 
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -194,7 +194,7 @@ def _differentiate(ctx, upstream, _state, _stats):  # type: ignore[no-untyped-de
     return gradient, *[None] * 9
 
 
-def _refuse(*_):  # type: ignore[no-untyped-def]
+def _refuse(*_: object) -> NoReturn:
     raise RuntimeError(
         "akl_triton: the losses cannot be differentiated twice (their gradient has no backward)"
     )
@@ -216,8 +216,9 @@ class InPlaceDivergence(torch.autograd.Function):
         return loss * row_scale, stats
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, upstream, _stats):  # type: ignore[no-untyped-def]
+        if torch.is_grad_enabled():  # create_graph=True; the logits are gone
+            _refuse()
         if ctx.gradient is None:
             raise RuntimeError(
                 "akl_triton: inplace=True leaves one gradient, which an earlier backward has used"

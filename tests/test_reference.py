@@ -184,7 +184,7 @@ def test_closed_form_gradient(case: str, temperature: float) -> None:
         )
 
     def closed_form(x: Tensor) -> Any:
-        return _ClosedForm.apply(student(x), teacher, temperature, weight)  # type: ignore[no-untyped-call]
+        return _ClosedForm.apply(student(x), teacher, temperature, weight)
 
     assert torch.autograd.gradcheck(closed_form, free)
 

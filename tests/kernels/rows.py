@@ -7,7 +7,7 @@ oracle's by the rule of tests/boundary.py.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -137,16 +137,16 @@ def assert_right(
     loss, stats, gradient = (x.cpu() for x in output)
     student, teacher = student.cpu(), teacher.cpu()
     if weight is None:
-        rule = {"mu": mu, "temperature": temperature, "head": head, "ties": ties}
+        rule: dict[str, Any] = {"mu": mu, "temperature": temperature, "head": head, "ties": ties}
         assert_head_matches(
             student,
             teacher,
             head_size=stats[:, 4],
             head_mass=stats[:, 3],
             head_weight=stats[:, 2],
-            **rule,  # type: ignore[arg-type]
+            **rule,
         )
-        w = acceptable_heads(student, teacher, **rule).head_weight_at(stats[:, 4].double())  # type: ignore[arg-type]
+        w = acceptable_heads(student, teacher, **rule).head_weight_at(stats[:, 4].double())
         # Where p and q differ by no more than rounding, any weight is as good; ours is the test's.
         w = torch.where(stats[:, 5] < 1e-5, stats[:, 2].double(), w)
     else:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -9,10 +11,16 @@ from akl_triton.kernels import pipeline
 from bench.ptxcpu import virtual_tensor
 from tests.kernels.rows import KINDS, assert_right, make_rows, run
 
-OPTIONS = {"mu": 0.5, "temperature": 1.0, "inclusive": False, "stable": True, "weight": None}
+OPTIONS: dict[str, Any] = {
+    "mu": 0.5,
+    "temperature": 1.0,
+    "inclusive": False,
+    "stable": True,
+    "weight": None,
+}
 
 
-def test_offsets_beyond_int32(device, mode):
+def test_offsets_beyond_int32(device: torch.device, mode: str) -> None:
     """Rows 2^31 + 16 elements apart, in all three tensors."""
     v, stride = 3000, 2**31 + 16
     student, teacher = make_rows(v, v, torch.bfloat16, torch.bfloat16)
@@ -43,7 +51,7 @@ def test_offsets_beyond_int32(device, mode):
 
 
 @pytest.mark.parametrize("offset_s, offset_t", [(0, 0), (3, 3), (5, 2), (0, 1)])
-def test_unaligned_rows(offset_s, offset_t, device):
+def test_unaligned_rows(offset_s: int, offset_t: int, device: torch.device) -> None:
     """Views that start anywhere in a wider tensor: together, apart, one of them aligned."""
     v = 5000
     student, teacher = make_rows(v, v, torch.bfloat16, torch.float32, seed=1)
@@ -58,7 +66,7 @@ def test_unaligned_rows(offset_s, offset_t, device):
     assert_right(output, student, teacher)
 
 
-def test_slices_of_sequences(device):
+def test_slices_of_sequences(device: torch.device) -> None:
     """[:, 1:] of one tensor against [:, :-1] of another: two strides, nothing copied."""
     v = 3000
     student, teacher = make_rows(v, v, torch.bfloat16, torch.bfloat16, seed=2)
@@ -82,7 +90,7 @@ def test_slices_of_sequences(device):
 
 
 @pytest.mark.parametrize("v", [3000, 5003])
-def test_the_gradient_may_overwrite_the_student(v, device):
+def test_the_gradient_may_overwrite_the_student(v: int, device: torch.device) -> None:
     student, teacher = (x.to(device) for x in make_rows(v, v, torch.bfloat16, torch.bfloat16))
     expected = run(student, teacher)
     n = len(KINDS)
@@ -102,7 +110,7 @@ def test_the_gradient_may_overwrite_the_student(v, device):
     assert torch.equal(student, expected.gradient)
 
 
-def test_rescale_leaves_rows_of_factor_one_alone(device):
+def test_rescale_leaves_rows_of_factor_one_alone(device: torch.device) -> None:
     rows = torch.randn(3, 3001, device=device).bfloat16()
     factor = torch.tensor([2.0, 1.0, -0.5], device=device)
     expected = (rows.float() * factor[:, None]).bfloat16()

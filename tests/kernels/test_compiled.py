@@ -7,12 +7,14 @@ be there; and random orders of the warps must not change a bit, which a missing 
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 from akl_triton.kernels import pipeline
 from bench import ptxcpu
-from bench.compile import TARGETS, record_launches
+from bench.compile import TARGETS, RecordedLaunch, record_launches
 from bench.sass import analyse
 from tests.kernels.conftest import INTERPRETER
 from tests.kernels.rows import make_rows, run
@@ -20,10 +22,12 @@ from tests.kernels.rows import make_rows, run
 pytestmark = pytest.mark.skipif(INTERPRETER, reason="the interpreter compiles nothing")
 
 STAGES = ("statistics.py", "head.py", "divergence.py", "gradient.py")
-RULE = {"mu": 0.5, "temperature": 1.0, "inclusive": False, "stable": True}
+RULE: dict[str, Any] = {"mu": 0.5, "temperature": 1.0, "inclusive": False, "stable": True}
 
 
-def launches(target: str, v: int = 151_936, weight: float | None = None) -> dict[str, object]:
+def launches(
+    target: str, v: int = 151_936, weight: float | None = None
+) -> dict[str, RecordedLaunch]:
     """The kernels that a forward with gradient, and a forward and backward, launch."""
     student = torch.zeros(1, 2, v, dtype=torch.bfloat16)
     loss, state, ones = torch.zeros(2), torch.zeros(2, 8), torch.ones(2)
@@ -57,7 +61,7 @@ def launches(target: str, v: int = 151_936, weight: float | None = None) -> dict
 
 @pytest.mark.parametrize("weight", [None, 1.0])
 @pytest.mark.parametrize("target", TARGETS)
-def test_loops_loads_stores_and_exps_are_there(target, weight):
+def test_loops_loads_stores_and_exps_are_there(target: str, weight: float | None) -> None:
     stages = {
         "forward with gradient": ["statistics.py", "head.py", "divergence.py", "gradient.py"],
         "forward": ["statistics.py", "head.py", "divergence.py"],
@@ -81,7 +85,7 @@ def test_loops_loads_stores_and_exps_are_there(target, weight):
 
 @pytest.mark.parametrize("v", [151_936, 50_257])
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
-def test_full_blocks_move_16_bytes_without_barriers(target, v):
+def test_full_blocks_move_16_bytes_without_barriers(target: str, v: int) -> None:
     """The leanest loop of each stage is that of its full blocks: 2 exps a logit pair (A, B, C)."""
     launch = launches(target, v)["forward with gradient"]
     code = analyse(launch.compiled)
@@ -98,9 +102,8 @@ def test_full_blocks_move_16_bytes_without_barriers(target, v):
             assert set(full.global_stores) == {16}
 
 
-def test_one_compilation_serves_all_sizes():
+def test_one_compilation_serves_all_sizes() -> None:
     """N, V, mu and T are run-time values: only the alignment class of the rows recompiles."""
-    seen = set()
     with record_launches("sm_90") as recorded:
         for n, v, mu, temperature in (
             (1, 32_000, 0.5, 1.0),
@@ -127,7 +130,7 @@ def test_one_compilation_serves_all_sizes():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_no_race_between_warps(dtype):
+def test_no_race_between_warps(dtype: torch.dtype) -> None:
     student, teacher = make_rows(5003, 5003, dtype, dtype)
     with ptxcpu.active(arch=90):
         lockstep = run(student, teacher, temperature=2.0)
@@ -139,7 +142,7 @@ def test_no_race_between_warps(dtype):
 
 
 @pytest.mark.parametrize("arch", [80, 100])
-def test_other_architectures_compute_the_same(arch):
+def test_other_architectures_compute_the_same(arch: int) -> None:
     student, teacher = make_rows(3000, 3000, torch.bfloat16, torch.bfloat16)
     with ptxcpu.active(arch=90):
         expected = run(student, teacher)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
 
+from akl_triton.reference import Head, Ties
 from tests.kernels.rows import KINDS, assert_right, make_rows, run
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
@@ -29,7 +31,9 @@ def small(mode: str) -> bool:
 @pytest.mark.parametrize(
     "v", [1, 2, 31, 127, 1024, 32000, 49152, 50257, 128256, 151936, 152064], ids=str
 )
-def test_vocabularies(v, dtypes, device, small):
+def test_vocabularies(
+    v: int, dtypes: tuple[torch.dtype, torch.dtype], device: torch.device, small: bool
+) -> None:
     """Every size, every kind of row; mu and T in pairs that meet each value of both."""
     student, teacher = (x.to(device) for x in make_rows(v, v, *dtypes))
     if small and v > 1024:
@@ -44,7 +48,9 @@ def test_vocabularies(v, dtypes, device, small):
 
 @pytest.mark.parametrize("dtypes", DTYPES, ids=name_of)
 @pytest.mark.parametrize("v", [127, 5003], ids=str)
-def test_mixed_dtypes(v, dtypes, device):
+def test_mixed_dtypes(
+    v: int, dtypes: tuple[torch.dtype, torch.dtype], device: torch.device
+) -> None:
     student, teacher = (x.to(device) for x in make_rows(v, v, *dtypes, seed=1))
     upstream = torch.randn(len(KINDS), generator=torch.Generator().manual_seed(2)).to(device)
     output = run(student, teacher, upstream=upstream)
@@ -54,27 +60,29 @@ def test_mixed_dtypes(v, dtypes, device):
 @pytest.mark.parametrize("dtype", [BF16, FP32], ids=name_of)
 @pytest.mark.parametrize("ties", ["stable", "average"])
 @pytest.mark.parametrize("head", ["exclusive", "inclusive"])
-def test_rules(head, ties, dtype, device, small):
+def test_rules(
+    head: Head, ties: Ties, dtype: torch.dtype, device: torch.device, small: bool
+) -> None:
     """Both head rules and both tie rules over all mu and T."""
     v = 3000
     student, teacher = (x.to(device) for x in make_rows(v, v, dtype, dtype, seed=3))
     pairs = list(itertools.product(MU, TEMPERATURE))
     for mu, temperature in pairs[::5] if small else pairs:
-        options = {"mu": mu, "temperature": temperature, "head": head, "ties": ties}
+        options: dict[str, Any] = {"mu": mu, "temperature": temperature, "head": head, "ties": ties}
         assert_right(run(student, teacher, **options), student, teacher, **options)
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.3, 1.0])
-def test_fixed_weight(weight, device):
+def test_fixed_weight(weight: float | None, device: torch.device) -> None:
     student, teacher = (x.to(device) for x in make_rows(3000, 3000, BF16, BF16, seed=4))
-    options = {"weight": weight, "temperature": 2.0}
+    options: dict[str, Any] = {"weight": weight, "temperature": 2.0}
     output = run(student, teacher, **options)
     assert_right(output, student, teacher, **options)
     assert output.stats[:, 3:5].isnan().all()  # there is no head
 
 
 @pytest.mark.parametrize("v_s, v_t", [(151936, 152064), (152064, 151936), (5003, 4000), (40, 300)])
-def test_two_vocabularies(v_s, v_t, device, small):
+def test_two_vocabularies(v_s: int, v_t: int, device: torch.device, small: bool) -> None:
     student, teacher = (x.to(device) for x in make_rows(v_s, v_t, BF16, BF16, seed=5))
     if small:
         student, teacher = student[:3], teacher[:3]
@@ -82,7 +90,7 @@ def test_two_vocabularies(v_s, v_t, device, small):
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP32], ids=name_of)
-def test_minus_infinity(dtype, device):
+def test_minus_infinity(dtype: torch.dtype, device: torch.device) -> None:
     """-inf on one side, the other, both; in full blocks, in edge blocks, in whole stretches."""
     v = 5003
     student, teacher = (x.to(device) for x in make_rows(v, v, dtype, dtype, seed=6))
@@ -96,7 +104,7 @@ def test_minus_infinity(dtype, device):
     assert_right(run(student, teacher), student, teacher)
 
 
-def test_rows_that_are_not_valid_are_nan_alone(device):
+def test_rows_that_are_not_valid_are_nan_alone(device: torch.device) -> None:
     student, teacher = (x.to(device) for x in make_rows(3000, 3000, BF16, BF16, seed=7))
     good = run(student, teacher)
     teacher[1, 2999] = student[2, 0] = torch.nan
@@ -112,7 +120,7 @@ def test_rows_that_are_not_valid_are_nan_alone(device):
             assert torch.equal(bad.gradient[i], good.gradient[i])
 
 
-def test_ignored_rows_are_exactly_zero(device):
+def test_ignored_rows_are_exactly_zero(device: torch.device) -> None:
     student, teacher = (x.to(device) for x in make_rows(3000, 3000, BF16, BF16, seed=8))
     good = run(student, teacher)
     counted = torch.tensor([i % 3 != 1 for i in range(len(KINDS))], device=device)
@@ -126,7 +134,7 @@ def test_ignored_rows_are_exactly_zero(device):
 
 
 @pytest.mark.parametrize("v", [3000, 5003])
-def test_one_launch_writes_the_same_gradient(v, device):
+def test_one_launch_writes_the_same_gradient(v: int, device: torch.device) -> None:
     student, teacher = (x.to(device) for x in make_rows(v, v, BF16, BF16, seed=9))
     upstream = torch.linspace(-1, 2, len(KINDS), device=device)
     two = run(student, teacher, upstream=upstream)
@@ -135,7 +143,7 @@ def test_one_launch_writes_the_same_gradient(v, device):
         assert torch.equal(a, b)
 
 
-def test_the_same_run_twice_is_bitwise_equal(device):
+def test_the_same_run_twice_is_bitwise_equal(device: torch.device) -> None:
     student, teacher = (x.to(device) for x in make_rows(5003, 5003, BF16, FP32, seed=10))
     first, second = run(student, teacher), run(student, teacher)
     for a, b in zip(first, second, strict=True):

@@ -149,8 +149,8 @@ def test_divergence(row: Row, device: torch.device) -> None:
         row.crossing, float(row.k), row.cut, BLOCK=BLOCK,
     )  # fmt: skip
     o = row.oracle
-    expected = [o.forward_kl, o.reverse_kl, o.head_weight, o.gap, o.head_size]
-    expected = [float(x) for x in expected] + [1.0, 1.0, V // BLOCK]
+    sums = (o.forward_kl, o.reverse_kl, o.head_weight, o.gap, o.head_size)
+    expected = [float(x) for x in sums] + [1.0, 1.0, V // BLOCK]
     torch.testing.assert_close(
         out.cpu().double(), torch.tensor(expected).double(), rtol=1e-6, atol=1e-6
     )
@@ -164,5 +164,5 @@ def test_gradient(row: Row, device: torch.device) -> None:
         float(row.oracle.head_weight), float(row.oracle.reverse_kl), V // BLOCK, BLOCK=BLOCK,
     )  # fmt: skip
     exact = row.oracle.grad[0]
-    # A few roundings of its two terms, which are no larger than a probability.
-    assert (gradient.cpu().double() - exact).abs().max() < 2e-6 * exact.abs().max()
+    # A few roundings of its two terms, more where no FMA is (the interpreter).
+    assert (gradient.cpu().double() - exact).abs().max() < 5e-6 * exact.abs().max()
