@@ -12,13 +12,11 @@ INSTALL := install --quiet --disable-pip-version-check -c constraints.txt
 demo: $(READY)
 	$(BIN)/akl-triton demo
 
-# Kernels run as compiled PTX on the CPU (or on a GPU, if there is one), then in the interpreter.
 # The kernels twice: their compiled PTX (or a GPU), then their source in Triton's interpreter. One
 # thread a process: as many as there are cores in each would wait for one another.
 test: export OMP_NUM_THREADS = 1
 test: $(READY)
 	$(BIN)/python -m pytest -n $(JOBS)
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(JOBS) tests/kernels
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(JOBS) tests/kernels
 
 lint: $(READY)
