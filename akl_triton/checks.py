@@ -118,7 +118,7 @@ def check_number(
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
     inside = above <= value <= below if closed else above < value < below
-    if not (math.isfinite(value) and inside):
+    if not inside:  # also NaN; math.isfinite would break a graph of torch.compile(dynamic=True)
         brackets = "[]" if closed else "()"
         raise ValueError(
             f"{name}: expected a finite number in {brackets[0]}{above:g}, {below:g}{brackets[1]}, "

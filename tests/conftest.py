@@ -1,0 +1,29 @@
+"""The two backends as one fixture: what holds for one must hold for the other."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+
+@pytest.fixture(params=["torch", "triton"])
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each backend in turn; where there is no GPU, the kernels' compiled PTX runs on the CPU."""
+    name: str = request.param
+    if name == "torch" or torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1":
+        yield name
+        return
+    pytest.importorskip("triton")
+    from bench import ptxcpu
+
+    with ptxcpu.active(arch=90):
+        yield name
+
+
+@pytest.fixture
+def device(backend: str) -> torch.device:
+    """Where the tensors of that backend are."""
+    return torch.device("cuda" if backend == "triton" and torch.cuda.is_available() else "cpu")

@@ -1,0 +1,804 @@
+"""The functions and modules: what reductions, labels, shifts, shapes and in-place gradients mean.
+
+Both backends; the numbers themselves are compared more finely in test_eager.py and kernels/.
+"""
+
+from __future__ import annotations
+
+import doctest
+import inspect
+from collections.abc import Callable
+from typing import Any, cast
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+import akl_triton
+from akl_triton import (
+    AdaptiveKLLoss,
+    DivergenceStats,
+    ForwardKLLoss,
+    MixedKLLoss,
+    ReverseKLLoss,
+    adaptive_kl,
+    eager,
+    forward_kl,
+    functional,
+    mixed_kl,
+    modules,
+    ops,
+    reference,
+    reverse_kl,
+)
+from akl_triton.reference import ReferenceResult, reference_adaptive_kl
+
+V = 200  # every kernel is compiled for few shapes: a new one costs seconds
+SHAPE = (2, 3)
+IGNORED = -100
+FP32, BF16 = torch.float32, torch.bfloat16
+DTYPES = [pytest.param(FP32, id="fp32"), pytest.param(BF16, id="bf16")]
+REDUCTIONS = ("none", "sum", "mean")
+LOSSES: dict[str, tuple[Callable[..., Any], dict[str, float]]] = {
+    "adaptive_kl": (adaptive_kl, {}),
+    "forward_kl": (forward_kl, {"weight": 1.0}),
+    "reverse_kl": (reverse_kl, {"weight": 0.0}),
+    "mixed_kl": (mixed_kl, {"weight": 0.5}),
+}
+
+
+def logits(*shape: int, seed: int, device: torch.device, dtype: torch.dtype = FP32) -> Tensor:
+    g = torch.Generator().manual_seed(seed)
+    return (2 * torch.randn(shape, generator=g)).to(device, dtype)
+
+
+def pair(
+    device: torch.device,
+    shape: tuple[int, ...] = SHAPE,
+    *,
+    v_s: int = V,
+    v_t: int = V,
+    dtype: torch.dtype = FP32,
+) -> tuple[Tensor, Tensor]:
+    """(student, a leaf that requires grad; teacher)."""
+    student = logits(*shape, v_s, seed=1, device=device, dtype=dtype).requires_grad_()
+    return student, logits(*shape, v_t, seed=2, device=device, dtype=dtype)
+
+
+def labels_of(device: torch.device, *ignored: tuple[int, ...]) -> Tensor:
+    """[2, 3] int64 of tokens that count, but for those named."""
+    labels = torch.arange(6, device=device).view(SHAPE)
+    for where in ignored:
+        labels[where] = IGNORED
+    return labels
+
+
+def oracle(student: Tensor, teacher: Tensor, **options: Any) -> ReferenceResult:
+    """The float64 oracle, every field in the shape of the tokens and on the logits' device."""
+    rows = (x.detach().cpu().reshape(-1, x.shape[-1]) for x in (student, teacher))
+    tokens = student.shape[:-1]
+    fields = (
+        x.to(student.device).view((*tokens, *x.shape[1:]))
+        for x in reference_adaptive_kl(*rows, **options)
+    )
+    return ReferenceResult(*fields)
+
+
+def gradient(loss: Tensor, student: Tensor, upstream: Tensor | None = None) -> Tensor:
+    return torch.autograd.grad(loss, student, upstream)[0]
+
+
+def assert_near(actual: Tensor, expected: Tensor) -> None:
+    """Equal up to fp32 sums of V terms, and to the rounding of a bf16 gradient."""
+    rtol = 1e-2 if actual.dtype == BF16 else 2e-5
+    torch.testing.assert_close(actual.double(), expected.double(), rtol=rtol, atol=2e-6)
+
+
+# ---- reductions
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_reduction(backend, device, reduction, dtype):
+    student, teacher = pair(device, dtype=dtype)
+    expected = oracle(student, teacher)
+    loss = adaptive_kl(student, teacher, reduction=reduction, backend=backend)
+    if reduction == "none":
+        upstream = logits(*SHAPE, seed=3, device=device)
+        assert_near(loss, expected.loss)
+        grad = gradient(loss, student, upstream)
+        assert_near(grad, upstream[..., None] * expected.grad)
+    else:
+        tokens = 6 if reduction == "mean" else 1
+        assert_near(loss, expected.loss.sum() / tokens)
+        grad = gradient(loss, student)
+        assert_near(grad, expected.grad / tokens)
+    assert loss.dtype == FP32
+    assert grad.dtype == dtype
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_every_loss_is_the_oracles(name, backend, device):
+    function, weight = LOSSES[name]
+    student, teacher = pair(device)
+    loss = function(student, teacher, reduction="sum", backend=backend)
+    expected = oracle(student, teacher, **weight)
+    assert_near(loss, expected.loss.sum())
+    assert_near(gradient(loss, student), expected.grad)
+
+
+@pytest.mark.parametrize("head", ["exclusive", "inclusive"])
+@pytest.mark.parametrize("ties", ["stable", "average"])
+def test_options_of_the_head(head, ties):
+    """Integer logits, so that ties are split; the kernels' own tests compare theirs."""
+    g = torch.Generator().manual_seed(4)
+    student, teacher = torch.randint(-2, 3, (2, 40, 17), generator=g).float()
+    options: dict[str, Any] = {"mu": 0.6, "temperature": 2.0, "head": head, "ties": ties}
+    loss = adaptive_kl(student, teacher, reduction="none", backend="torch", **options)
+    assert_near(loss, oracle(student, teacher, **options).loss)
+
+
+@pytest.mark.parametrize("on_host", [False, True])
+@pytest.mark.parametrize(
+    "dtype", [pytest.param(None, id="int"), pytest.param(torch.int64, id="int64"), DTYPES[0]]
+)
+def test_num_items_replaces_the_count(backend, device, dtype, on_host):
+    student, teacher = pair(device)
+    place = "cpu" if on_host else device
+    num_items = 5 if dtype is None else torch.tensor(5, dtype=dtype, device=place)
+    labels = labels_of(device, (0, 0))
+    loss = adaptive_kl(student, teacher, labels, num_items=num_items, backend=backend)
+    total = adaptive_kl(student, teacher, labels, reduction="sum", backend=backend)
+    assert_near(loss, total / 5)
+    assert_near(gradient(loss, student), gradient(total, student) / 5)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_gradient_accumulation_is_exact(backend, device, inplace):
+    """Micro-batches of unlike numbers of tokens add up, in a leaf, to the batch they form."""
+    hidden = logits(*SHAPE, 8, seed=5, device=device)
+    _, teacher = pair(device)
+    labels = labels_of(device, (0, 0), (0, 1))
+    head = torch.nn.Linear(8, V, device=device)
+
+    def weight_gradient(*batches: slice) -> Tensor:
+        head.zero_grad()
+        for batch in batches:
+            loss = adaptive_kl(
+                head(hidden[batch]),
+                teacher[batch],
+                labels[batch],
+                num_items=4,
+                inplace=inplace,
+                backend=backend,
+            )
+            loss.backward()
+        return cast(Tensor, head.weight.grad).clone()
+
+    whole = weight_gradient(slice(0, 2))
+    assert whole.abs().max() > 1e-3
+    assert_near(weight_gradient(slice(0, 1), slice(1, 2)), whole)
+
+
+def test_scale_by_t2(backend, device):
+    student, teacher = pair(device)
+
+    def run(scale_by_t2: bool) -> tuple[Tensor, Tensor, DivergenceStats]:
+        loss, stats = adaptive_kl(
+            student,
+            teacher,
+            temperature=3.0,
+            scale_by_t2=scale_by_t2,
+            return_stats=True,
+            backend=backend,
+        )
+        return loss, gradient(loss, student), stats
+
+    loss, grad, stats = run(False)
+    scaled_loss, scaled_grad, scaled_stats = run(True)
+    assert_near(scaled_loss, 9 * loss)
+    assert_near(scaled_grad, 9 * grad)
+    assert torch.equal(scaled_stats.forward_kl, stats.forward_kl)  # stays in nats
+
+
+# ---- labels
+
+
+@pytest.mark.parametrize("shift", [0, 1, 2])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_shift_is_slicing(backend, device, reduction, shift):
+    """Position i is compared where label i + shift counts."""
+    student, teacher = pair(device)
+    labels = labels_of(device, (0, 1), (1, 0))
+    options = {"reduction": reduction, "return_stats": True, "backend": backend}
+    loss, stats = adaptive_kl(student, teacher, labels, shift=shift, **options)
+    end = SHAPE[1] - shift
+    sliced, sliced_stats = adaptive_kl(
+        student[:, :end], teacher[:, :end], labels[:, shift:], **options
+    )
+    if reduction == "none":
+        assert loss.shape == labels.shape
+        assert (loss[:, end:] == 0).all()
+        loss = loss[:, :end]
+    assert_near(loss, sliced)
+    upstream = torch.ones_like(sliced)
+    assert_near(gradient(loss, student, upstream), gradient(sliced, student, upstream))
+    for field, sliced_field in zip(stats, sliced_stats, strict=True):
+        assert field.shape == labels.shape
+        assert torch.equal(field[:, :end], sliced_field)
+        assert (field[:, end:] == 0).all()
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_ignored_tokens_may_hold_anything(backend, device, dtype, inplace):
+    """NaN and inf on either side of an ignored token change no bit of loss or gradient."""
+    student, teacher = pair(device, dtype=dtype)
+    labels = labels_of(device, (0, 1), (1, 2))
+    with torch.no_grad():
+        student[0, 1], teacher[0, 1] = torch.nan, torch.inf
+        student[1, 2, 5], teacher[1, 2, 7] = -torch.inf, torch.nan
+    loss, stats = adaptive_kl(
+        student * 1, teacher, labels, inplace=inplace, return_stats=True, backend=backend
+    )
+    grad = gradient(loss, student)
+    counted = labels != IGNORED
+    expected = oracle(student, teacher)
+    assert_near(loss, expected.loss[counted].mean())
+    assert_near(grad[counted], expected.grad[counted] / 4)
+    assert (grad[~counted] == 0).all()
+    for field in stats:
+        assert (field[~counted] == 0).all()
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_all_ignored(backend, device, reduction, inplace):
+    """Zero, with a live graph: the step of a batch without answers must not fail."""
+    student, teacher = pair(device)
+    labels = torch.full(SHAPE, IGNORED, device=device)
+    with torch.no_grad():
+        student.fill_(torch.nan)
+    loss = adaptive_kl(
+        student * 1, teacher, labels, reduction=reduction, inplace=inplace, backend=backend
+    )
+    assert (loss == 0).all()
+    grad = gradient(loss, student, torch.ones_like(loss))
+    assert (grad == 0).all()
+
+
+def test_ignore_index_and_int32_labels(backend, device):
+    student, teacher = pair(device)
+    labels = labels_of(device)  # 0 .. 5: exactly one is 4
+    options: dict[str, Any] = {"reduction": "none", "backend": backend}
+    plain = adaptive_kl(student, teacher, **options)
+    other = adaptive_kl(student, teacher, labels.int(), ignore_index=4, **options)
+    assert other[1, 1] == 0
+    assert torch.equal(other[labels != 4], plain[labels != 4])
+
+
+# ---- shapes
+
+
+@pytest.mark.parametrize("shape", [(), (5,), (2, 3), (2, 1, 2, 3)], ids=str)
+def test_any_leading_shape(backend, device, shape):
+    student, teacher = pair(device, shape)
+    loss = adaptive_kl(student, teacher, reduction="none", backend=backend)
+    expected = oracle(student, teacher)
+    assert loss.shape == shape
+    assert_near(loss, expected.loss)
+    assert_near(gradient(loss, student, torch.ones_like(loss)), expected.grad)
+
+
+def _prefix_of_sequences(x: Tensor) -> Tensor:
+    """[B, S-1, V] of [B, S, V], as next-token losses take it."""
+    longer = x.new_full((x.shape[0], x.shape[1] + 1, x.shape[2]), torch.nan)
+    longer[:, :-1] = x
+    return longer[:, :-1]
+
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "prefix of sequences": _prefix_of_sequences,
+    "columns": lambda x: torch.nn.functional.pad(x, (8, 24), value=torch.nan)[..., 8:-24],
+    "sequence first": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
+    "transposed": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+    "expanded": lambda x: x[:1].expand(x.shape),
+}
+
+
+@pytest.mark.parametrize("of", ["student", "teacher", "both"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_strided_logits(backend, device, layout, of):
+    """Any strides give what contiguous logits give."""
+    student, teacher = (LAYOUTS[layout](x.detach()) for x in pair(device))
+    contiguous = student.contiguous(), teacher.contiguous()
+    if of == "student":
+        teacher = contiguous[1]
+    elif of == "teacher":
+        student = contiguous[0]
+    upstream = logits(*SHAPE, seed=3, device=device)
+
+    def run(s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        s.requires_grad_()
+        loss = adaptive_kl(s, t, reduction="none", backend=backend)
+        return loss, gradient(loss, s, upstream)
+
+    loss, grad = run(student, teacher)
+    expected_loss, expected_grad = run(*contiguous)
+    assert_near(loss, expected_loss)
+    assert_near(grad, expected_grad)
+
+
+@pytest.mark.parametrize("layout", ["prefix of sequences", "columns", "sequence first", "expanded"])
+def test_batches_of_sequences_are_not_copied(layout):
+    x = LAYOUTS[layout](torch.randn(*SHAPE, V))
+    rows = ops.as_rows(x)
+    assert rows.data_ptr() == x.data_ptr()
+    assert torch.equal(rows.reshape(*SHAPE, V), x)
+
+
+@pytest.mark.parametrize("shape", [(0,), (2, 0), (0, 3), (2, 0, 3)], ids=str)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_no_tokens(backend, device, shape, reduction):
+    """An empty batch gives 0, or an empty loss, whether the logits are slices or not."""
+    _, teacher = pair(device, shape)
+    labels = torch.zeros(shape, dtype=torch.long, device=device)
+    longer = logits(*shape[:-1], shape[-1] + 1, V, seed=1, device=device).requires_grad_()
+    for student in (longer[..., :-1, :], longer[..., :-1, :].contiguous()):
+        for some_labels in (None, labels):
+            loss, stats = adaptive_kl(
+                student,
+                teacher,
+                some_labels,
+                reduction=reduction,
+                return_stats=True,
+                backend=backend,
+            )
+            assert loss.shape == (shape if reduction == "none" else ())
+            assert stats.gap.shape == shape
+            assert (loss == 0).all()
+            grad = gradient(loss, longer, torch.ones_like(loss))
+            assert (grad == 0).all()
+
+
+@pytest.mark.parametrize("v_s, v_t", [(V, V + 32), (V + 32, V)])
+@pytest.mark.parametrize("inplace", [False, True])
+def test_vocabularies_of_unlike_size(backend, device, v_s, v_t, inplace):
+    """What one side has more is -inf on the other."""
+    student, teacher = pair(device, v_s=v_s, v_t=v_t)
+    loss = adaptive_kl(student * 1, teacher, reduction="sum", inplace=inplace, backend=backend)
+    expected = oracle(student, teacher)
+    assert_near(loss, expected.loss.sum())
+    assert_near(gradient(loss, student), expected.grad)
+
+
+# ---- in place
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("with_labels", [False, True])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_inplace_equals_out_of_place(backend, device, reduction, with_labels, dtype):
+    student, teacher = pair(device, dtype=dtype)
+    labels = labels_of(device, (0, 1)) if with_labels else None
+    upstream = logits(*SHAPE, seed=3, device=device) if reduction == "none" else None
+    options: dict[str, Any] = {"reduction": reduction, "temperature": 2.0, "scale_by_t2": True}
+    losses, grads = [], []
+    for inplace in (False, True):
+        loss, _ = adaptive_kl(
+            student * 1,
+            teacher,
+            labels,
+            inplace=inplace,
+            return_stats=True,
+            backend=backend,
+            **options,
+        )
+        losses.append(loss)
+        grads.append(gradient(loss, student, upstream))
+    assert_near(losses[1], losses[0])
+    assert_near(grads[1], grads[0])
+
+
+def test_inplace_consumes_the_logits(backend, device):
+    """The gradient that flows on is the storage of the logits."""
+    student, teacher = pair(device)
+    consumed = student * 1
+    seen: list[Tensor] = []
+    consumed.register_hook(seen.append)
+    adaptive_kl(consumed, teacher, inplace=True, backend=backend).backward()
+    assert seen[0].data_ptr() == consumed.data_ptr()
+    assert_near(consumed.detach(), oracle(student, teacher).grad / 6)
+
+
+def test_inplace_of_a_view(backend, device):
+    """[B * S, V] as a view of the model's [B, S, V] output."""
+    student, teacher = pair(device)
+    output = student * 1
+    loss = adaptive_kl(
+        output.view(-1, V), teacher.view(-1, V), inplace=True, reduction="sum", backend=backend
+    )
+    assert_near(gradient(loss, student), oracle(student, teacher).grad)
+    assert_near(output.detach(), oracle(student, teacher).grad)
+
+
+def test_inplace_scaled_upstream(backend, device):
+    student, teacher = pair(device)
+    loss = adaptive_kl(student * 1, teacher, inplace=True, reduction="sum", backend=backend)
+    assert_near(gradient(0.25 * loss, student), 0.25 * oracle(student, teacher).grad)
+
+
+def test_inplace_has_one_backward(backend, device):
+    student, teacher = pair(device)
+    loss = adaptive_kl(student * 1, teacher, inplace=True, backend=backend)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="inplace=True leaves one gradient"):
+        loss.backward()
+
+
+def test_inplace_leaves_logits_alone_where_no_gradient_is_wanted(backend, device):
+    student, teacher = pair(device)
+    logits_of_student = student * 1
+    before = logits_of_student.clone()
+    with torch.no_grad():
+        loss = adaptive_kl(logits_of_student, teacher, inplace=True, backend=backend)
+    assert not loss.requires_grad
+    assert torch.equal(logits_of_student, before)
+    evaluated = student.detach().clone()
+    adaptive_kl(evaluated, teacher, inplace=True, backend=backend)
+    assert torch.equal(evaluated, before)
+
+
+@pytest.mark.parametrize("of_a_view", [False, True])
+def test_inplace_is_seen_by_autograd(backend, device, of_a_view):
+    """An operation whose backward needs the consumed logits says so, rather than using them."""
+    student, teacher = pair(device)
+    capped = torch.tanh(student)
+    version = capped._version
+    shape = (-1, V) if of_a_view else (*SHAPE, V)
+    loss = adaptive_kl(capped.view(shape), teacher.view(shape), inplace=True, backend=backend)
+    assert capped._version > version
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+# ---- statistics
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_stats_are_the_oracles(name, backend, device):
+    function, weight = LOSSES[name]
+    student, teacher = pair(device)
+    loss, stats = function(student, teacher, return_stats=True, backend=backend)
+    expected = oracle(student, teacher, **weight)
+    assert isinstance(stats, DivergenceStats)
+    assert stats._fields == (
+        "forward_kl",
+        "reverse_kl",
+        "head_weight",
+        "head_mass",
+        "head_size",
+        "gap",
+    )
+    for field_name, field in stats._asdict().items():
+        assert field.shape == SHAPE
+        assert field.dtype == FP32
+        assert not field.requires_grad
+        wanted = getattr(expected, field_name)
+        torch.testing.assert_close(
+            field.double(), wanted, rtol=2e-5, atol=2e-6, equal_nan=True, msg=field_name
+        )
+    assert_near(gradient(loss, student), expected.grad / 6)
+
+
+def test_stats_do_not_change_the_loss(backend, device):
+    student, teacher = pair(device)
+    plain = adaptive_kl(student, teacher, backend=backend)
+    with_stats, _ = adaptive_kl(student, teacher, return_stats=True, backend=backend)
+    assert torch.equal(plain, with_stats)
+    assert torch.equal(gradient(plain, student), gradient(with_stats, student))
+
+
+# ---- autograd
+
+
+def test_upstream_of_any_stride(backend, device):
+    student, teacher = pair(device)
+    grad_of_rows = oracle(student, teacher).grad
+    per_token = logits(*SHAPE, seed=3, device=device)
+    column = torch.stack((per_token, per_token + 1), dim=-1)[..., 0]
+    constant = torch.tensor(2.0, device=device).expand(SHAPE)
+    for upstream in (per_token, column, constant):
+        loss = adaptive_kl(student, teacher, reduction="none", backend=backend)
+        assert_near(gradient(loss, student, upstream), upstream[..., None] * grad_of_rows)
+    loss = adaptive_kl(student, teacher, reduction="none", backend=backend)
+    assert_near(gradient(loss.sum(), student), grad_of_rows)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_no_second_derivative(backend, device, inplace):
+    student, teacher = pair(device)
+    loss = adaptive_kl(student * 1, teacher, inplace=inplace, backend=backend)
+    with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
+        (grad,) = torch.autograd.grad(loss, student, create_graph=True)
+        grad.sum().backward()
+
+
+def test_teacher_and_labels_stay_as_they_are(backend, device):
+    student, teacher = pair(device)
+    labels = labels_of(device, (0, 1))
+    before = student.detach().clone(), teacher.clone(), labels.clone()
+    adaptive_kl(student, teacher, labels, shift=1, backend=backend).backward()
+    consumed = student * 1
+    adaptive_kl(consumed, teacher, labels, shift=1, inplace=True, backend=backend).backward()
+    for now, then in zip((student, teacher, labels), before, strict=True):
+        assert torch.equal(now, then)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_runs_are_bitwise_equal(backend, device, dtype, inplace):
+    student, teacher = pair(device, dtype=dtype)
+    runs = []
+    for _ in range(2):
+        loss = adaptive_kl(student * 1, teacher, inplace=inplace, backend=backend)
+        runs.append((loss, gradient(loss, student)))
+    assert torch.equal(runs[0][0], runs[1][0])
+    assert torch.equal(runs[0][1], runs[1][1])
+
+
+def test_autocast(backend, device):
+    """The logits of an autocast layer are bf16: so is their gradient, while the loss is fp32."""
+    head = torch.nn.Linear(8, V, device=device)
+    hidden = logits(*SHAPE, 8, seed=5, device=device)
+    seen: list[Tensor] = []
+    with torch.autocast(device.type, dtype=BF16):
+        student = head(hidden)
+        student.register_hook(seen.append)
+        teacher = logits(*SHAPE, V, seed=2, device=device, dtype=BF16)
+        loss = adaptive_kl(student, teacher, backend=backend)
+    assert student.dtype == BF16
+    assert loss.dtype == FP32
+    assert_near(loss, oracle(student, teacher).loss.mean())
+    loss.backward()
+    assert seen[0].dtype == BF16
+    assert_near(seen[0], oracle(student, teacher).grad / 6)
+    assert cast(Tensor, head.weight.grad).dtype == FP32
+
+
+# ---- memory and synchronisation
+
+
+class Trace:
+    """What a block of code allocates on the CPU and which operators it calls, at any depth."""
+
+    def __enter__(self) -> Trace:
+        self._profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+        self._profile.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._profile.__exit__(*error)
+        events = self._profile.profiler.kineto_results.events()  # type: ignore[union-attr]
+        self.operators = {event.name() for event in events}
+        changes: list[Any] = [event for event in events if event.name() == "[memory]"]
+        changes.sort(key=lambda event: event.start_ns())
+        self.bytes = [int(event.nbytes()) for event in changes]
+
+    def allocations(self, at_least: int) -> list[int]:
+        return [size for size in self.bytes if size >= at_least]
+
+    def peak(self) -> int:
+        """The most bytes that were held at once, beyond those held before."""
+        held = most = 0
+        for change in self.bytes:
+            held += change
+            most = max(most, held)
+        return most
+
+
+@pytest.fixture
+def many_rows(
+    backend: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> tuple[int, int, int]:
+    """(N, V, bytes allowed besides): the logits are at least twice of that."""
+    if device.type != "cpu":
+        pytest.skip("the trace is of the CPU's allocator")
+    if backend == "triton":
+        return 4096, V, 100 * 4096
+    monkeypatch.setattr(eager, "TEMPORARY_BYTES", 2 * 2**20)
+    return 64, 16384, eager.TEMPORARY_BYTES
+
+
+def test_memory_is_the_gradients(backend, device, many_rows):
+    """Nothing near the logits' size is allocated but one gradient, and that in the backward."""
+    rows, vocabulary, besides = many_rows
+    student, teacher = pair(device, (rows,), v_s=vocabulary, v_t=vocabulary)
+    size = 4 * student.numel()
+    with Trace() as forward:
+        loss = adaptive_kl(student, teacher, backend=backend)
+    with Trace() as backward:
+        loss.backward()
+    assert forward.peak() <= besides
+    assert size <= backward.peak() <= size + besides
+    assert backward.allocations(besides) == [size]
+
+
+def test_memory_in_place(backend, device, many_rows):
+    rows, vocabulary, besides = many_rows
+    student, teacher = pair(device, (rows,), v_s=vocabulary, v_t=vocabulary)
+    consumed = student * 1
+    with Trace() as trace:
+        loss = adaptive_kl(consumed, teacher, inplace=True, backend=backend)
+        torch.autograd.grad(loss, consumed)
+    assert trace.peak() <= besides
+
+
+def test_what_is_saved_for_backward(backend, device):
+    """The logits themselves and about a dozen floats a row."""
+    rows = 64
+    student, teacher = pair(device, (rows,))
+    labels = torch.zeros(rows, dtype=torch.long, device=device)
+    saved: list[Tensor] = []
+
+    def pack(x: Tensor) -> Tensor:
+        saved.append(x)
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        adaptive_kl(student, teacher, labels, return_stats=True, backend=backend)
+    inputs = {student.data_ptr(), teacher.data_ptr()}
+    assert inputs <= {x.data_ptr() for x in saved}
+    others = [x for x in saved if x.data_ptr() not in inputs]
+    assert sum(x.numel() * x.element_size() for x in others) <= 16 * 4 * rows
+
+
+WAITS = {
+    "aten::_local_scalar_dense",
+    "aten::equal",
+    "aten::is_nonzero",
+    "aten::item",
+    "aten::masked_select",
+    "aten::nonzero",
+    "aten::nonzero_numpy",
+    "aten::unique",
+}
+
+
+def test_a_wait_would_be_traced():
+    """The yardstick of the next test: waits inside operators are seen."""
+    labels = torch.tensor([0, IGNORED])
+    with Trace() as trace:
+        adaptive_kl(torch.randn(2, 5), torch.randn(2, 5), labels, backend="torch")
+    assert {"aten::nonzero", "aten::item"} <= trace.operators
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_kernels_never_wait_for_the_device(device, backend, inplace):
+    if backend == "torch":
+        pytest.skip("on a CPU it may look at values")
+    student, teacher = pair(device)
+    labels = labels_of(device, (0, 1))
+    num_items = torch.tensor(4, device=device)
+    options: dict[str, Any] = {"shift": 1, "inplace": inplace, "backend": backend}
+    with Trace() as trace:
+        for count in (None, num_items):
+            loss, _ = adaptive_kl(
+                student * 1, teacher, labels, num_items=count, return_stats=True, **options
+            )
+            (2 * loss).backward()
+    assert "akl_triton::divergence_with_gradient" in trace.operators or not inplace
+    assert not trace.operators & WAITS
+
+
+# ---- modules
+
+
+@pytest.mark.parametrize(
+    "module, function, options",
+    [
+        (AdaptiveKLLoss, adaptive_kl, {"mu": 0.7, "head": "inclusive", "ties": "average"}),
+        (ForwardKLLoss, forward_kl, {"temperature": 2.0, "scale_by_t2": True}),
+        (ReverseKLLoss, reverse_kl, {"reduction": "sum"}),
+        (MixedKLLoss, mixed_kl, {"weight": 0.25, "reduction": "none"}),
+    ],
+)
+def test_modules_are_their_functions(module, function, options):
+    device = torch.device("cpu")
+    student, teacher = pair(device)
+    labels = labels_of(device, (1, 1))
+    loss_function = module(shift=1, return_stats=True, backend="torch", **options)
+    count = {"num_items": 3} if options.get("reduction") is None else {}
+    loss, stats = loss_function(student, teacher, labels, **count)
+    expected, expected_stats = function(
+        student, teacher, labels, shift=1, return_stats=True, backend="torch", **options, **count
+    )
+    assert torch.equal(loss, expected)
+    for field, expected_field in zip(stats, expected_stats, strict=True):
+        torch.testing.assert_close(field, expected_field, rtol=0, atol=0, equal_nan=True)
+    assert loss_function.state_dict() == {}
+    assert list(loss_function.parameters()) == []
+    shown = ", ".join(f"{k}={v!r}" for k, v in loss_function.options.items())
+    assert repr(loss_function) == f"{module.__name__}({shown})"
+
+
+@pytest.mark.parametrize("option", ["wieght", "num_items", "labels"])
+def test_module_refuses_what_it_does_not_know(option):
+    message = rf"AdaptiveKLLoss: expected options among mu.*got {option}"
+    with pytest.raises(TypeError, match=message):
+        AdaptiveKLLoss(**{option: 1})
+
+
+def test_argument_order_is_the_same_everywhere():
+    for function in (adaptive_kl, forward_kl, reverse_kl, mixed_kl):
+        parameters = list(inspect.signature(function).parameters.values())
+        names = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+        assert names == ["student_logits", "teacher_logits", "labels"]
+        assert parameters[-1].name == "backend"
+
+
+# ---- what must hold whatever the logits are
+
+integer_logits = st.integers(2, 24).flatmap(
+    lambda v: st.tuples(*[st.lists(st.integers(-6, 6), min_size=v, max_size=v)] * 2)
+)
+
+
+def loss_and_gradient(student: Tensor, teacher: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+    student = student.detach().requires_grad_()
+    loss = adaptive_kl(student, teacher, backend="torch", **options)
+    return loss.detach(), gradient(loss, student)
+
+
+@settings(max_examples=40, deadline=None)
+@given(integer_logits, st.randoms(use_true_random=False), st.sampled_from([0.3, 0.5, 0.9]))
+def test_average_ties_do_not_depend_on_the_order(rows, random, mu):
+    student, teacher = (torch.tensor([row], dtype=FP32) for row in rows)
+    order = list(range(student.shape[1]))
+    random.shuffle(order)
+    loss, grad = loss_and_gradient(student, teacher, mu=mu, ties="average")
+    permuted_loss, permuted_grad = loss_and_gradient(
+        student[:, order], teacher[:, order], mu=mu, ties="average"
+    )
+    assert_near(permuted_loss, loss)
+    assert_near(permuted_grad, grad[:, order])
+
+
+@settings(max_examples=40, deadline=None)
+@given(integer_logits, st.integers(-1000, 1000), st.integers(-1000, 1000))
+def test_constants_added_to_the_logits_do_not_matter(rows, of_student, of_teacher):
+    """Small integers are exact in fp32, so nothing else changes."""
+    student, teacher = (torch.tensor([row], dtype=FP32) for row in rows)
+    loss, grad = loss_and_gradient(student, teacher)
+    moved_loss, moved_grad = loss_and_gradient(student + of_student, teacher + of_teacher)
+    assert_near(moved_loss, loss)
+    assert_near(moved_grad, grad)
+
+
+@settings(max_examples=40, deadline=None)
+@given(integer_logits, st.sampled_from([0.25, 0.5, 2.0, 8.0]))
+def test_temperature_divides_the_logits(rows, temperature):
+    student, teacher = (torch.tensor([row], dtype=FP32) for row in rows)
+    loss, grad = loss_and_gradient(student, teacher, temperature=temperature)
+    divided_loss, divided_grad = loss_and_gradient(student / temperature, teacher / temperature)
+    assert_near(loss, divided_loss)
+    assert_near(grad, divided_grad / temperature)
+    assert loss >= -1e-6
+
+
+# ---- documentation
+
+
+@pytest.mark.parametrize("module", [functional, modules, reference], ids=lambda m: m.__name__)
+def test_examples_in_docstrings(module):
+    result = doctest.testmod(module)
+    assert result.attempted > 0
+    assert result.failed == 0
+
+
+@pytest.mark.parametrize("name", akl_triton.__all__)
+def test_public_names_are_documented(name):
+    assert inspect.getdoc(getattr(akl_triton, name))
