@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from akl_triton import adaptive_kl, ops
+from akl_triton.functional import Backend
 
 V = 200
 
@@ -20,7 +21,7 @@ def rows(dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, torch.
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_opcheck(backend: str, device: torch.device, dtype: torch.dtype) -> None:
+def test_opcheck(backend: Backend, device: torch.device, dtype: torch.dtype) -> None:
     student, teacher = rows(dtype, device)
     counted = torch.tensor([True, True, False, True, True, True], device=device)
     upstream = torch.ones(6, device=device)
@@ -49,7 +50,7 @@ def test_opcheck(backend: str, device: torch.device, dtype: torch.dtype) -> None
 
 
 @pytest.mark.parametrize("inplace", [False, True])
-def test_compile_fullgraph(backend: str, device: torch.device, inplace: bool) -> None:
+def test_compile_fullgraph(backend: Backend, device: torch.device, inplace: bool) -> None:
     student, teacher = rows(torch.float32, device)
     labels = torch.tensor([[0, 1, -100], [2, 3, 4]], device=device)
 
@@ -69,7 +70,7 @@ def test_compile_fullgraph(backend: str, device: torch.device, inplace: bool) ->
         torch.testing.assert_close(compiled, eager)
 
 
-def test_compiled_once_for_all_batch_sizes(backend: str, device: torch.device) -> None:
+def test_compiled_once_for_all_batch_sizes(backend: Backend, device: torch.device) -> None:
     graphs = []
 
     def count(graph: Any, _: Any) -> Any:
