@@ -151,7 +151,6 @@ def test_dtensor() -> None:
 
     store = dist.HashStore()  # type: ignore[attr-defined]
     dist.init_process_group("gloo", store=store, rank=0, world_size=1)
-    )
     try:
         sharded = distribute_tensor(STUDENT, init_device_mesh("cpu", (1,)), [Shard(2)])
         with pytest.raises(TypeError, match=r"student_logits: expected a plain tensor, got a DT"):
