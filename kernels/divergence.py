@@ -42,7 +42,7 @@ def row_divergence(
     weight,  # w where there is no head
     HAS_HEAD: tl.constexpr, STABLE: tl.constexpr,
     FORWARD: tl.constexpr, REVERSE: tl.constexpr, STATS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    S_ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """(forward_kl, reverse_kl, w, gap, head_size, kept_p, kept_q, full_end)
 
@@ -79,8 +79,8 @@ def row_divergence(
         lost_p = tl.zeros((BLOCK,), tl.float32)
         lost_q = tl.zeros((BLOCK,), tl.float32)
         for block in tl.range(1, full_end, loop_unroll_factor=UNROLL):
-            t = load_full(t_row, block, BLOCK)
-            s = load_full(s_row, block, BLOCK)
+            t = load_full(t_row, block, True, BLOCK)
+            s = load_full(s_row, block, S_ALIGNED, BLOCK)
             log_p = t * scale - lse_t
             log_q = s * scale - lse_s
             p = tl.exp2(log_p)

@@ -36,14 +36,15 @@ def row_gradient(
     t_row, s_row, lead, end_t, end_s, scale, full_end,
     lse_t, lse_s, slope, offset, teacher, lost,
     REVERSE: tl.constexpr,
+    S_ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Write ds of one row; blocks 1 .. full_end-1 are finite on both sides."""
     columns = tl.arange(0, BLOCK)
     for block in tl.range(1, full_end, loop_unroll_factor=UNROLL):
         offsets = block * BLOCK + columns
-        log_p = load_full(t_row, block, BLOCK) * scale - lse_t
-        log_q = load_full(s_row, block, BLOCK) * scale - lse_s
+        log_p = load_full(t_row, block, True, BLOCK) * scale - lse_t
+        log_q = load_full(s_row, block, S_ALIGNED, BLOCK) * scale - lse_s
         factor = offset
         if REVERSE:
             factor = slope * (log_p - log_q) + offset

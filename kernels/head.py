@@ -197,7 +197,7 @@ def _search(
         high_value = value_of(high, dtype)
         low_value = value_of(low, dtype)
         for block in range(1, last):
-            t = load_full(t_row, block, BLOCK)
+            t = load_full(t_row, block, True, BLOCK)
             mass, below, above = _add_masses(
                 t, mass, pivots, below, above, low_value, high_value, scale, reference, dtype
             )

@@ -64,7 +64,7 @@ def forward_kernel(
         end_t = lead + V_t
         end_s = lead + V_s
         reference_t, z_t, reference_s, z_s, slots = row_statistics(
-            t_row, s_row, lead, end_t, end_s, scale, HAS_HEAD, BLOCK
+            t_row, s_row, lead, end_t, end_s, scale, HAS_HEAD, S_ALIGNED, BLOCK
         )
         crossing, mass, k, each, cut = 0.0, float("nan"), float("nan"), 0.0, 0
         if HAS_HEAD:
@@ -73,7 +73,7 @@ def forward_kernel(
             )
         forward_kl, reverse_kl, w, gap, size, kept_p, kept_q, full_end = row_divergence(
             t_row, s_row, lead, end_t, end_s, scale, reference_t, z_t, reference_s, z_s,
-            crossing, k, cut, weight, HAS_HEAD, STABLE, FORWARD, REVERSE, STATS, BLOCK,
+            crossing, k, cut, weight, HAS_HEAD, STABLE, FORWARD, REVERSE, STATS, S_ALIGNED, BLOCK,
         )  # fmt: skip
         loss = 0.0
         if FORWARD:
@@ -100,7 +100,8 @@ def forward_kernel(
                     ds_ptr, row_offset(row, inner, outer_ds, inner_ds), lead, DS_ALIGNED
                 ),
                 t_row, s_row, lead, end_t, end_s, scale, full_end,
-                lse_t, lse_s, g * slope, g * offset, g * teacher, g * lost, REVERSE, BLOCK,
+                lse_t, lse_s, g * slope, g * offset, g * teacher, g * lost,
+                REVERSE, S_ALIGNED, BLOCK,
             )  # fmt: skip
         else:
             state = state_ptr + row * STATE_WIDTH
@@ -153,7 +154,8 @@ def backward_kernel(
             row_pointer(s_ptr, row_offset(row, inner, outer_s, inner_s), lead, S_ALIGNED),
             lead, lead + V_t, lead + V_s, scale, tl.load(state + 6).to(tl.int32),
             tl.load(state + 0), tl.load(state + 1), g * tl.load(state + 2),
-            g * tl.load(state + 3), g * tl.load(state + 4), g * tl.load(state + 5), REVERSE, BLOCK,
+            g * tl.load(state + 3), g * tl.load(state + 4), g * tl.load(state + 5),
+            REVERSE, S_ALIGNED, BLOCK,
         )  # fmt: skip
     else:
         _zero_row(ds_ptr + row_offset(row, inner, outer_ds, inner_ds), V_s, BLOCK)
@@ -323,7 +325,7 @@ def _tuned(kernel):
     if not _AUTOTUNE:
         return kernel
     configs = [triton.Config({"BLOCK": c.BLOCK}, num_warps=c.num_warps) for c in CANDIDATES]
-    return triton.autotune(configs, key=["V_s", "V_t"], restore_value=["ds_ptr"])(kernel)
+    return triton.autotune(configs, key=["V_s", "V_t"], restore_value=["s_ptr"])(kernel)
 
 
 _forward = _tuned(forward_kernel)

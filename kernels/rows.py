@@ -49,10 +49,10 @@ def edge_block(i, full):
 
 
 @triton.jit
-def load_full(row_ptr, block, BLOCK: tl.constexpr):
-    """Logits of a full block, in fp32."""
+def load_full(row_ptr, block, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
+    """Logits of a full block, in fp32; ALIGNED is that of `row_pointer`."""
     start = block * BLOCK
-    if row_ptr.dtype.element_ty == tl.bfloat16:
+    if ALIGNED and row_ptr.dtype.element_ty == tl.bfloat16:
         # Two a word: a shift or a mask an element, where a conversion takes one and a half.
         words = row_ptr.to(tl.pointer_type(tl.int32)) + (start // 2 + tl.arange(0, BLOCK // 2))
         pair = tl.load(words)

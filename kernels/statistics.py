@@ -22,6 +22,7 @@ def row_statistics(
     end_s,  # lead + V of the student
     scale,
     SLOTS: tl.constexpr,  # whether the slot maxima are wanted; -inf otherwise
+    S_ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """(reference_t, Z_t, reference_s, Z_s, slots [BLOCK]); Z is NaN for a row that is not valid."""
@@ -39,8 +40,8 @@ def row_statistics(
         sum_t = tl.zeros((BLOCK,), tl.float32)
         sum_s = tl.zeros((BLOCK,), tl.float32)
         for block in tl.range(1, full, loop_unroll_factor=UNROLL):
-            t = load_full(t_row, block, BLOCK)
-            s = load_full(s_row, block, BLOCK)
+            t = load_full(t_row, block, True, BLOCK)
+            s = load_full(s_row, block, S_ALIGNED, BLOCK)
             sum_t += tl.exp2(t * scale - reference_t)
             sum_s += tl.exp2(s * scale - reference_s)
             if SLOTS:

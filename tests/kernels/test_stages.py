@@ -21,7 +21,7 @@ LOG2E = 1.4426950408889634
 @triton.jit
 def statistics_kernel(t_ptr, s_ptr, out_ptr, slots_ptr, V, scale, BLOCK: tl.constexpr):
     reference_t, z_t, reference_s, z_s, slots = row_statistics(
-        t_ptr, s_ptr, 0, V, V, scale, True, BLOCK
+        t_ptr, s_ptr, 0, V, V, scale, True, True, BLOCK
     )
     tl.store(out_ptr + 0, reference_t)
     tl.store(out_ptr + 1, z_t)
@@ -51,7 +51,7 @@ def divergence_kernel(
 ):  # fmt: skip
     forward_kl, reverse_kl, w, gap, size, kept_p, kept_q, full_end = row_divergence(
         t_ptr, s_ptr, 0, V, V, scale, reference_t, z_t, reference_s, z_s, crossing, k, cut,
-        0.0, True, True, True, True, True, BLOCK,
+        0.0, True, True, True, True, True, True, BLOCK,
     )  # fmt: skip
     tl.store(out_ptr + 0, forward_kl)
     tl.store(out_ptr + 1, reverse_kl)
@@ -74,7 +74,7 @@ def gradient_kernel(
     )
     row_gradient(
         ds_ptr, t_ptr, s_ptr, 0, V, V, scale, full_end,
-        lse_t, lse_s, slope, offset, teacher, lost, True, BLOCK,
+        lse_t, lse_s, slope, offset, teacher, lost, True, True, BLOCK,
     )  # fmt: skip
 
 
