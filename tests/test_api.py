@@ -5,7 +5,6 @@ Both backends; the numbers themselves are compared more finely in test_eager.py 
 
 from __future__ import annotations
 
-import doctest
 import inspect
 from collections.abc import Callable
 from typing import Any, cast
@@ -17,7 +16,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-import akl_triton
 from akl_triton import (
     AdaptiveKLLoss,
     DivergenceStats,
@@ -27,17 +25,15 @@ from akl_triton import (
     adaptive_kl,
     eager,
     forward_kl,
-    functional,
     mixed_kl,
-    modules,
     ops,
-    reference,
     reverse_kl,
 )
 from akl_triton.reference import ReferenceResult, reference_adaptive_kl
 
 V = 200  # every kernel is compiled for few shapes: a new one costs seconds
-SHAPE = (2, 3)
+SHAPE = (3, 3)
+TOKENS = 9
 IGNORED = -100
 FP32, BF16 = torch.float32, torch.bfloat16
 DTYPES = [pytest.param(FP32, id="fp32"), pytest.param(BF16, id="bf16")]
@@ -69,8 +65,8 @@ def pair(
 
 
 def labels_of(device: torch.device, *ignored: tuple[int, ...]) -> Tensor:
-    """[2, 3] int64 of tokens that count, but for those named."""
-    labels = torch.arange(6, device=device).view(SHAPE)
+    """[3, 3] int64 of tokens that count, but for those named."""
+    labels = torch.arange(TOKENS, device=device).view(SHAPE)
     for where in ignored:
         labels[where] = IGNORED
     return labels
@@ -89,6 +85,12 @@ def oracle(student: Tensor, teacher: Tensor, **options: Any) -> ReferenceResult:
 
 def gradient(loss: Tensor, student: Tensor, upstream: Tensor | None = None) -> Tensor:
     return torch.autograd.grad(loss, student, upstream)[0]
+
+
+def loss_of(student: Tensor, teacher: Tensor, labels: Tensor, **options: Any) -> Tensor:
+    """The loss alone; with statistics, for that is the masked kernel that most tests build."""
+    loss, _ = adaptive_kl(student, teacher, labels, return_stats=True, **options)
+    return cast(Tensor, loss)
 
 
 def assert_near(actual: Tensor, expected: Tensor) -> None:
@@ -112,22 +114,12 @@ def test_reduction(backend, device, reduction, dtype):
         grad = gradient(loss, student, upstream)
         assert_near(grad, upstream[..., None] * expected.grad)
     else:
-        tokens = 6 if reduction == "mean" else 1
+        tokens = TOKENS if reduction == "mean" else 1
         assert_near(loss, expected.loss.sum() / tokens)
         grad = gradient(loss, student)
         assert_near(grad, expected.grad / tokens)
     assert loss.dtype == FP32
     assert grad.dtype == dtype
-
-
-@pytest.mark.parametrize("name", LOSSES)
-def test_every_loss_is_the_oracles(name, backend, device):
-    function, weight = LOSSES[name]
-    student, teacher = pair(device)
-    loss = function(student, teacher, reduction="sum", backend=backend)
-    expected = oracle(student, teacher, **weight)
-    assert_near(loss, expected.loss.sum())
-    assert_near(gradient(loss, student), expected.grad)
 
 
 @pytest.mark.parametrize("head", ["exclusive", "inclusive"])
@@ -150,8 +142,8 @@ def test_num_items_replaces_the_count(backend, device, dtype, on_host):
     place = "cpu" if on_host else device
     num_items = 5 if dtype is None else torch.tensor(5, dtype=dtype, device=place)
     labels = labels_of(device, (0, 0))
-    loss = adaptive_kl(student, teacher, labels, num_items=num_items, backend=backend)
-    total = adaptive_kl(student, teacher, labels, reduction="sum", backend=backend)
+    loss = loss_of(student, teacher, labels, num_items=num_items, backend=backend)
+    total = loss_of(student, teacher, labels, reduction="sum", backend=backend)
     assert_near(loss, total / 5)
     assert_near(gradient(loss, student), gradient(total, student) / 5)
 
@@ -167,20 +159,20 @@ def test_gradient_accumulation_is_exact(backend, device, inplace):
     def weight_gradient(*batches: slice) -> Tensor:
         head.zero_grad()
         for batch in batches:
-            loss = adaptive_kl(
+            loss = loss_of(
                 head(hidden[batch]),
                 teacher[batch],
                 labels[batch],
-                num_items=4,
+                num_items=TOKENS - 2,
                 inplace=inplace,
                 backend=backend,
             )
             loss.backward()
         return cast(Tensor, head.weight.grad).clone()
 
-    whole = weight_gradient(slice(0, 2))
+    whole = weight_gradient(slice(0, 3))
     assert whole.abs().max() > 1e-3
-    assert_near(weight_gradient(slice(0, 1), slice(1, 2)), whole)
+    assert_near(weight_gradient(slice(0, 1), slice(1, 3)), whole)
 
 
 def test_scale_by_t2(backend, device):
@@ -233,10 +225,9 @@ def test_shift_is_slicing(backend, device, reduction, shift):
 
 
 @pytest.mark.parametrize("inplace", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_ignored_tokens_may_hold_anything(backend, device, dtype, inplace):
+def test_ignored_tokens_may_hold_anything(backend, device, inplace):
     """NaN and inf on either side of an ignored token change no bit of loss or gradient."""
-    student, teacher = pair(device, dtype=dtype)
+    student, teacher = pair(device)
     labels = labels_of(device, (0, 1), (1, 2))
     with torch.no_grad():
         student[0, 1], teacher[0, 1] = torch.nan, torch.inf
@@ -248,7 +239,7 @@ def test_ignored_tokens_may_hold_anything(backend, device, dtype, inplace):
     counted = labels != IGNORED
     expected = oracle(student, teacher)
     assert_near(loss, expected.loss[counted].mean())
-    assert_near(grad[counted], expected.grad[counted] / 4)
+    assert_near(grad[counted], expected.grad[counted] / (TOKENS - 2))
     assert (grad[~counted] == 0).all()
     for field in stats:
         assert (field[~counted] == 0).all()
@@ -262,7 +253,7 @@ def test_all_ignored(backend, device, reduction, inplace):
     labels = torch.full(SHAPE, IGNORED, device=device)
     with torch.no_grad():
         student.fill_(torch.nan)
-    loss = adaptive_kl(
+    loss = loss_of(
         student * 1, teacher, labels, reduction=reduction, inplace=inplace, backend=backend
     )
     assert (loss == 0).all()
@@ -272,10 +263,10 @@ def test_all_ignored(backend, device, reduction, inplace):
 
 def test_ignore_index_and_int32_labels(backend, device):
     student, teacher = pair(device)
-    labels = labels_of(device)  # 0 .. 5: exactly one is 4
+    labels = labels_of(device)  # 0 .. 8: exactly one is 4
     options: dict[str, Any] = {"reduction": "none", "backend": backend}
     plain = adaptive_kl(student, teacher, **options)
-    other = adaptive_kl(student, teacher, labels.int(), ignore_index=4, **options)
+    other = loss_of(student, teacher, labels.int(), ignore_index=4, **options)
     assert other[1, 1] == 0
     assert torch.equal(other[labels != 4], plain[labels != 4])
 
@@ -378,25 +369,27 @@ def test_vocabularies_of_unlike_size(backend, device, v_s, v_t, inplace):
 # ---- in place
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("with_labels", [False, True])
+@pytest.mark.parametrize(
+    "dtype, with_labels",
+    [pytest.param(FP32, True, id="fp32, labels"), pytest.param(BF16, False, id="bf16")],
+)
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_inplace_equals_out_of_place(backend, device, reduction, with_labels, dtype):
+def test_inplace_equals_out_of_place(backend, device, reduction, dtype, with_labels):
     student, teacher = pair(device, dtype=dtype)
-    labels = labels_of(device, (0, 1)) if with_labels else None
     upstream = logits(*SHAPE, seed=3, device=device) if reduction == "none" else None
-    options: dict[str, Any] = {"reduction": reduction, "temperature": 2.0, "scale_by_t2": True}
+    options: dict[str, Any] = {
+        "reduction": reduction,
+        "temperature": 2.0,
+        "scale_by_t2": True,
+        "backend": backend,
+    }
     losses, grads = [], []
     for inplace in (False, True):
-        loss, _ = adaptive_kl(
-            student * 1,
-            teacher,
-            labels,
-            inplace=inplace,
-            return_stats=True,
-            backend=backend,
-            **options,
-        )
+        if with_labels:
+            labels = labels_of(device, (0, 1))
+            loss = loss_of(student * 1, teacher, labels, inplace=inplace, **options)
+        else:
+            loss = adaptive_kl(student * 1, teacher, inplace=inplace, **options)
         losses.append(loss)
         grads.append(gradient(loss, student, upstream))
     assert_near(losses[1], losses[0])
@@ -411,7 +404,7 @@ def test_inplace_consumes_the_logits(backend, device):
     consumed.register_hook(seen.append)
     adaptive_kl(consumed, teacher, inplace=True, backend=backend).backward()
     assert seen[0].data_ptr() == consumed.data_ptr()
-    assert_near(consumed.detach(), oracle(student, teacher).grad / 6)
+    assert_near(consumed.detach(), oracle(student, teacher).grad / TOKENS)
 
 
 def test_inplace_of_a_view(backend, device):
@@ -469,7 +462,7 @@ def test_inplace_is_seen_by_autograd(backend, device, of_a_view):
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_stats_are_the_oracles(name, backend, device):
+def test_every_loss_and_its_stats(name, backend, device):
     function, weight = LOSSES[name]
     student, teacher = pair(device)
     loss, stats = function(student, teacher, return_stats=True, backend=backend)
@@ -491,7 +484,8 @@ def test_stats_are_the_oracles(name, backend, device):
         torch.testing.assert_close(
             field.double(), wanted, rtol=2e-5, atol=2e-6, equal_nan=True, msg=field_name
         )
-    assert_near(gradient(loss, student), expected.grad / 6)
+    assert_near(loss, expected.loss.mean())
+    assert_near(gradient(loss, student), expected.grad / TOKENS)
 
 
 def test_stats_do_not_change_the_loss(backend, device):
@@ -531,9 +525,8 @@ def test_teacher_and_labels_stay_as_they_are(backend, device):
     student, teacher = pair(device)
     labels = labels_of(device, (0, 1))
     before = student.detach().clone(), teacher.clone(), labels.clone()
-    adaptive_kl(student, teacher, labels, shift=1, backend=backend).backward()
-    consumed = student * 1
-    adaptive_kl(consumed, teacher, labels, shift=1, inplace=True, backend=backend).backward()
+    loss_of(student, teacher, labels, shift=1, backend=backend).backward()
+    loss_of(student * 1, teacher, labels, shift=1, inplace=True, backend=backend).backward()
     for now, then in zip((student, teacher, labels), before, strict=True):
         assert torch.equal(now, then)
 
@@ -565,7 +558,7 @@ def test_autocast(backend, device):
     assert_near(loss, oracle(student, teacher).loss.mean())
     loss.backward()
     assert seen[0].dtype == BF16
-    assert_near(seen[0], oracle(student, teacher).grad / 6)
+    assert_near(seen[0], oracle(student, teacher).grad / TOKENS)
     assert cast(Tensor, head.weight.grad).dtype == FP32
 
 
@@ -787,18 +780,3 @@ def test_temperature_divides_the_logits(rows, temperature):
     assert_near(loss, divided_loss)
     assert_near(grad, divided_grad / temperature)
     assert loss >= -1e-6
-
-
-# ---- documentation
-
-
-@pytest.mark.parametrize("module", [functional, modules, reference], ids=lambda m: m.__name__)
-def test_examples_in_docstrings(module):
-    result = doctest.testmod(module)
-    assert result.attempted > 0
-    assert result.failed == 0
-
-
-@pytest.mark.parametrize("name", akl_triton.__all__)
-def test_public_names_are_documented(name):
-    assert inspect.getdoc(getattr(akl_triton, name))
