@@ -73,7 +73,7 @@ def check_num_items(num_items: int | Tensor | None, reduction: str, student: Ten
         raise ValueError(f"num_items: expected None with reduction={reduction!r}, got a count")
     if isinstance(num_items, Tensor):
         check_tensor("num_items", num_items)
-        if num_items.dim() != 0 or num_items.dtype in (torch.bool, torch.complex64):
+        if num_items.dim() != 0 or num_items.dtype == torch.bool or num_items.is_complex():
             raise ValueError(
                 f"num_items: expected an int or a 0-d tensor, got {_describe(num_items)}"
             )
@@ -93,9 +93,11 @@ def check_inplace(student: Tensor) -> None:
             f"inplace: expected contiguous student_logits, got {what} tensor {_describe(student)} "
             f"with strides {list(student.stride())}"
         )
-    if student.requires_grad and student.is_leaf:
+    owner = student if student._base is None else student._base
+    if student.requires_grad and owner.is_leaf and owner.requires_grad:
+        what = "a leaf" if owner is student else "a view of a leaf"
         raise ValueError(
-            "inplace: expected student_logits computed by a model, got a leaf that requires grad "
+            f"inplace: expected student_logits computed by a model, got {what} that requires grad "
             f"{_describe(student)}, which must not be overwritten"
         )
 

@@ -331,7 +331,8 @@ def _divergence(
         rows_s, rows_t = (x.reshape(*student.shape[:2], x.shape[-1]) for x in (student, teacher))
 
     if inplace and student.requires_grad and torch.is_grad_enabled():
-        scale = torch.as_tensor(factor, dtype=torch.float32, device=student.device)
+        # Multiplied, not copied to the device: a copy would wait for it.
+        scale = torch.ones((), dtype=torch.float32, device=student.device) * factor
         loss, stats = ops.InPlaceDivergence.apply(
             rows_s, rows_t, counted, scale.expand(tokens.numel()), *options
         )  # type: ignore[no-untyped-call]

@@ -649,11 +649,13 @@ def test_what_is_saved_for_backward(backend, device):
     assert sum(x.numel() * x.element_size() for x in others) <= 16 * 4 * rows
 
 
+# Operators that wait for the device; lift_fresh is what copies a Python number to it.
 WAITS = {
     "aten::_local_scalar_dense",
     "aten::equal",
     "aten::is_nonzero",
     "aten::item",
+    "aten::lift_fresh",
     "aten::masked_select",
     "aten::nonzero",
     "aten::nonzero_numpy",
@@ -670,20 +672,28 @@ def test_a_wait_would_be_traced():
 
 
 @pytest.mark.parametrize("inplace", [False, True])
-def test_kernels_never_wait_for_the_device(device, backend, inplace):
+@pytest.mark.parametrize("with_labels", [False, True])
+def test_kernels_never_wait_for_the_device(device, backend, with_labels, inplace):
     if backend == "torch":
         pytest.skip("on a CPU it may look at values")
     student, teacher = pair(device)
-    labels = labels_of(device, (0, 1))
-    num_items = torch.tensor(4, device=device)
-    options: dict[str, Any] = {"shift": 1, "inplace": inplace, "backend": backend}
+    labels = labels_of(device, (0, 1)) if with_labels else None
+    counts = (None, 4, torch.tensor(4, device=device))
     with Trace() as trace:
-        for count in (None, num_items):
-            loss, _ = adaptive_kl(
-                student * 1, teacher, labels, num_items=count, return_stats=True, **options
+        for num_items in counts:
+            loss = adaptive_kl(
+                student * 1,
+                teacher,
+                labels,
+                shift=int(with_labels),
+                num_items=num_items,
+                inplace=inplace,
+                return_stats=with_labels,
+                backend=backend,
             )
-            (2 * loss).backward()
-    assert "akl_triton::divergence_with_gradient" in trace.operators or not inplace
+            (2 * (loss[0] if with_labels else loss)).backward()
+    operator = "divergence_with_gradient" if inplace else "divergence_backward"
+    assert f"akl_triton::{operator}" in trace.operators
     assert not trace.operators & WAITS
 
 
