@@ -112,6 +112,7 @@ def forward_kernel(
             tl.store(state + 4, teacher)
             tl.store(state + 5, lost)
             tl.store(state + 6, full_end.to(tl.float32))
+            tl.store(state + 7, 0.0)
     else:
         tl.store(loss_ptr + row, 0.0)
         if STATS:
@@ -119,6 +120,9 @@ def forward_kernel(
                 tl.store(stats_ptr + row * STATS_WIDTH + i, 0.0)
         if HAS_GRADIENT:
             _zero_row(ds_ptr + row_offset(row, inner, outer_ds, inner_ds), V_s, BLOCK)
+        else:  # nobody reads it, but an operator's output must not depend on what was there
+            for i in tl.static_range(STATE_WIDTH):
+                tl.store(state_ptr + row * STATE_WIDTH + i, 0.0)
 
 
 @triton.jit(do_not_specialize=["base_lead", "inner", "outer_s", "outer_t", "outer_ds"])
