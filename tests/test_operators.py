@@ -3,45 +3,43 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
-from akl_triton import adaptive_kl, ops
-from akl_triton.functional import Backend
+from akl_triton import AdaptiveKLLoss, adaptive_kl, ops
+from akl_triton.functional import Backend, Reduction
 
 V = 200
+RULE = (0.5, 1.0, "exclusive", "stable")  # mu, temperature, head, ties
 
 
-def rows(dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def make_logits(device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """(student, teacher), each [2, 3, V]."""
     g = torch.Generator().manual_seed(0)
     student, teacher = torch.randn(2, 2, 3, V, generator=g).to(device, dtype)
     return student.clone(), teacher.clone()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_opcheck(backend: Backend, device: torch.device, dtype: torch.dtype) -> None:
-    student, teacher = rows(dtype, device)
-    counted = torch.tensor([True, True, False, True, True, True], device=device)
-    upstream = torch.ones(6, device=device)
-    rule = (0.5, 1.0, "exclusive", "stable", None)
-    _, state, _ = ops.divergence(student, teacher, counted, *rule, True, backend)
+@pytest.mark.parametrize("masked", [False, True])
+def test_opcheck(backend: Backend, device: torch.device, masked: bool) -> None:
+    """The dtype only matters to what is allocated: each backend is given another."""
+    student, teacher = make_logits(device, torch.bfloat16 if backend == "torch" else torch.float32)
+    counted = torch.arange(6, device=device) != 2 if masked else None
+    upstream = torch.linspace(-1.0, 1.0, 6, device=device)
+    leaf = student.clone().requires_grad_()
+    inputs = student, teacher, counted
+    rule = (*RULE, None, masked, backend)  # with statistics where masked
+    _, state, _ = ops.divergence(*inputs, *rule)
     calls: list[tuple[Any, tuple[Any, ...]]] = [
-        (ops.divergence, (student, teacher, counted, *rule, True, backend)),
-        (
-            ops.divergence,
-            (student.clone().requires_grad_(), teacher, counted, *rule, True, backend),
-        ),
-        (
-            ops.divergence_backward,
-            (upstream, student, teacher, counted, state, 1.0, None, backend),
-        ),
-        (
-            ops.divergence_with_gradient,
-            (student.clone(), teacher, counted, upstream, *rule, True, backend),
-        ),
-        (ops.rescale, (student[0].clone(), upstream[:3] * 2, backend)),
+        (ops.divergence, (*inputs, *rule)),
+        (ops.divergence, (leaf, teacher, counted, *rule)),
+        (ops.divergence_backward, (upstream, *inputs, state, 1.0, None, backend)),
+        (ops.divergence_with_gradient, (*inputs, upstream[:1].expand(6), *rule)),
+        (ops.rescale, (student[0].clone(), upstream[:3], backend)),
     ]
     for operator, arguments in calls:
         with warnings.catch_warnings():
@@ -49,41 +47,101 @@ def test_opcheck(backend: Backend, device: torch.device, dtype: torch.dtype) -> 
             torch.library.opcheck(operator, arguments)
 
 
-@pytest.mark.parametrize("inplace", [False, True])
-def test_compile_fullgraph(backend: Backend, device: torch.device, inplace: bool) -> None:
-    student, teacher = rows(torch.float32, device)
-    labels = torch.tensor([[0, 1, -100], [2, 3, 4]], device=device)
-
-    def loss_of(hidden: torch.Tensor) -> torch.Tensor:
-        loss: torch.Tensor = adaptive_kl(
-            2 * hidden, teacher, labels, shift=1, temperature=2.0, inplace=inplace, backend=backend
-        )
-        return loss
-
+def assert_compiled_equals_eager(
+    function: Callable[[Tensor], tuple[Tensor, ...]], leaf: Tensor
+) -> None:
+    """Every output, and the gradient of the first under a random upstream."""
     results = []
-    for function in (loss_of, torch.compile(loss_of, fullgraph=True, backend="aot_eager")):
-        leaf = student.clone().requires_grad_()
-        loss = function(leaf)
-        loss.backward()
-        results.append((loss.detach(), leaf.grad))
+    for run in (function, torch.compile(function, fullgraph=True, backend="aot_eager")):
+        hidden = leaf.clone().requires_grad_()
+        outputs = run(hidden)
+        upstream = torch.randn(outputs[0].shape, generator=torch.Generator().manual_seed(1))
+        outputs[0].backward(upstream.to(leaf.device))
+        results.append((*(x.detach() for x in outputs), hidden.grad))
     for eager, compiled in zip(*results, strict=True):
         torch.testing.assert_close(compiled, eager)
 
 
-def test_compiled_once_for_all_batch_sizes(backend: Backend, device: torch.device) -> None:
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_compiled_with_labels(
+    backend: Backend, device: torch.device, reduction: Reduction, inplace: bool
+) -> None:
+    student, teacher = make_logits(device)
+    labels = torch.tensor([[0, 1, -100], [2, 3, 4]], device=device)
+
+    def run(hidden: Tensor) -> tuple[Tensor, ...]:
+        loss, stats = adaptive_kl(
+            2 * hidden,
+            teacher,
+            labels,
+            shift=1,
+            temperature=2.0,
+            reduction=reduction,
+            inplace=inplace,
+            return_stats=True,
+            backend=backend,
+        )
+        return loss, *stats
+
+    assert_compiled_equals_eager(run, student)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_compiled_module_on_a_view(backend: Backend, device: torch.device, inplace: bool) -> None:
+    student, teacher = make_logits(device)
+    loss_function = AdaptiveKLLoss(inplace=inplace, backend=backend)
+
+    def run(hidden: Tensor) -> tuple[Tensor, ...]:
+        return (loss_function((2 * hidden).view(-1, V), teacher.view(-1, V)),)
+
+    assert_compiled_equals_eager(run, student)
+
+
+def test_compiled_once_for_all_batches(backend: Backend, device: torch.device) -> None:
+    """Neither the number of sequences nor the tokens of a step make another graph."""
     graphs = []
 
     def count(graph: Any, _: Any) -> Any:
         graphs.append(graph)
         return graph
 
-    @torch.compile(fullgraph=True, dynamic=True, backend=count)
-    def loss_of(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-        loss: torch.Tensor = adaptive_kl(student, teacher, backend=backend)
+    def run(student: Tensor, teacher: Tensor, num_items: int) -> Tensor:
+        loss: Tensor = adaptive_kl(student, teacher, num_items=num_items, backend=backend)
         return loss
 
-    student, teacher = rows(torch.float32, device)
+    compiled = torch.compile(run, fullgraph=True, dynamic=True, backend=count)
+    student, teacher = (x.view(-1, V).repeat(2, 1) for x in make_logits(device))
+    student.requires_grad_()
     for n in (3, 5, 7):
-        batch = student.view(-1, V).repeat(2, 1)[:n], teacher.view(-1, V).repeat(2, 1)[:n]
-        torch.testing.assert_close(loss_of(*batch), adaptive_kl(*batch, backend=backend))
+        batch = student[:n], teacher[:n], 10 * n
+        losses = [function(*batch) for function in (compiled, run)]
+        torch.testing.assert_close(*losses)
+        torch.testing.assert_close(*(torch.autograd.grad(loss, student)[0] for loss in losses))
     assert len(graphs) == 1
+
+
+def test_compiled_refuses_what_eager_refuses(backend: Backend, device: torch.device) -> None:
+    student, teacher = make_logits(device)
+    compiled = torch.compile(adaptive_kl, backend="aot_eager")
+    with pytest.raises(ValueError, match=r"teacher_logits: expected the leading dimensions"):
+        compiled(student, teacher[:, :2], backend=backend)
+
+
+def test_every_output_is_written(
+    backend: Backend, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What an operator returns depends on its inputs alone, ignored rows included."""
+    empty = torch.empty
+    monkeypatch.setattr(
+        ops.torch, "empty", lambda *shape, **options: empty(*shape, **options).fill_(torch.nan)
+    )
+    student, teacher = make_logits(device)
+    counted = torch.arange(6, device=device) != 2
+    inputs = student, teacher, counted
+    loss, state, stats = ops.divergence(*inputs, *RULE, None, True, backend)
+    gradient = ops.divergence_backward(
+        torch.ones(6, device=device), *inputs, state, 1.0, None, backend
+    )
+    for output in (loss, state, stats, gradient):
+        assert output.isfinite().all()
