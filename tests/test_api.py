@@ -601,7 +601,7 @@ def many_rows(
     if device.type != "cpu":
         pytest.skip("the trace is of the CPU's allocator")
     if backend == "triton":
-        return 4096, V, 100 * 4096
+        return 256, V, 100 * 256
     monkeypatch.setattr(eager, "TEMPORARY_BYTES", 2 * 2**20)
     return 64, 16384, eager.TEMPORARY_BYTES
 
