@@ -214,8 +214,8 @@ def markdown(data: dict[str, Any]) -> str:
             "",
             "Per vocabulary position: bytes read and written, without a cache; those of the "
             + "32-byte sectors of each request; those of every sector once a launch (compulsory); "
-            + "PTX instructions of a lane. Per row: scans of the teacher's row by stage R, barriers "
-            + "and divergent basic blocks of forward and backward.",
+            + "PTX instructions of a lane. Per row: scans of the teacher's row by stage R, barriers"
+            + " and divergent basic blocks of forward and backward.",
             "",
             "Command: `python -m bench.traffic`",
         ]
