@@ -58,27 +58,27 @@ def totals(counters: ptxcpu.Counters) -> Totals:
     }
 
 
-def phases(
-    loss: Loss, student: Tensor, teacher: Tensor, counters: ptxcpu.Counters, **options: Any
-) -> dict[str, Totals]:
-    """Counts of the forward, of the backward, of both, and of the two in one launch."""
-    leaf = student.clone().requires_grad_()
-    counters.reset()
-    value = loss(leaf, teacher, **options, backend="triton")
-    forward = totals(counters)
-    counters.reset()
-    value.backward()  # type: ignore[no-untyped-call]
-    backward = totals(counters)
-    counters.reset()
-    # In place asks for a gradient in the forward; its backward finds the factor 1 and reads no row.
-    consumed = leaf.clone()
-    loss(consumed, teacher, **options, inplace=True, backend="triton").backward()  # type: ignore[no-untyped-call]
-    return {
-        "forward": forward,
-        "backward": backward,
-        "both": {name: forward[name] + backward[name] for name in forward},
-        "with_gradient": totals(counters),
-    }
+def two_launches(loss: Loss, student: Tensor, teacher: Tensor, **options: Any) -> dict[str, Totals]:
+    """Counts of the forward, of the backward and of both."""
+    leaf = student.detach().requires_grad_()
+    with ptxcpu.active(arch=ARCH) as counters:
+        value = loss(leaf, teacher, **options, backend="triton")
+        forward = totals(counters)
+        counters.reset()
+        value.backward()  # type: ignore[no-untyped-call]
+        backward = totals(counters)
+    both = {name: forward[name] + backward[name] for name in forward}
+    return {"forward": forward, "backward": backward, "both": both}
+
+
+def one_launch(loss: Loss, student: Tensor, teacher: Tensor, **options: Any) -> Totals:
+    """Counts of the forward that also makes the gradient, in place."""
+    consumed = student.detach().requires_grad_().clone()
+    with ptxcpu.active(arch=ARCH) as counters:
+        # Its backward finds the factor 1 and reads no row.
+        value = loss(consumed, teacher, **options, inplace=True, backend="triton")
+        value.backward()  # type: ignore[no-untyped-call]
+        return totals(counters)
 
 
 def per_position(counts: Totals, student: Tensor) -> Totals:
@@ -131,8 +131,10 @@ def summarise(of_rows: dict[str, list[float]]) -> dict[str, float]:
 
 def case(student: Tensor, teacher: Tensor, temperature: float, synthetic: bool) -> dict[str, Any]:
     """Everything about one pair of logits at one temperature."""
-    with ptxcpu.active(arch=ARCH) as counters:
-        of_phase = phases(adaptive_kl, student, teacher, counters, temperature=temperature)
+    of_phase = {
+        **two_launches(adaptive_kl, student, teacher, temperature=temperature),
+        "with_gradient": one_launch(adaptive_kl, student, teacher, temperature=temperature),
+    }
     return {
         "vocabulary_student": student.shape[1],
         "vocabulary_teacher": teacher.shape[1],
