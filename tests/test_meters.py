@@ -96,7 +96,7 @@ def test_operators_beside_each_other() -> None:
         if subject.computes == "adaptive_kl"
     ]
     ours, torch_backend, authors = found
-    assert 14 < ours["bytes_in_kernels"] <= ours["bytes"] < 40
+    assert 6 < ours["bytes_in_kernels"] <= ours["bytes"] < 40
     assert ours["temporaries"] < 0.1
     assert authors["bytes_in_kernels"] == torch_backend["bytes_in_kernels"] == 0
     assert authors["bytes"] > 400
@@ -109,7 +109,7 @@ def test_operators_beside_each_other() -> None:
 
 # ---------------------------------------------------------------- traffic
 
-V = 4_096
+V = 36_864  # too long a row to be held on chip
 
 
 @pytest.fixture(scope="module")
@@ -156,9 +156,7 @@ def test_traffic_of_rows(rows: tuple[Tensor, Tensor]) -> None:
     assert both["bytes_read"] == pytest.approx(forward["bytes_read"] + backward["bytes_read"])
     assert forward["launches"] == backward["launches"] == 1 / 3
     # Stages A and B each read both rows; R reads the teacher's as often as the scans say.
-    sweeps = 2 * 4 + 2 * case["scans"]["mean"]
-    first_block_again = 4 * 2_048 / V
-    assert forward["bytes_read"] == pytest.approx(sweeps + first_block_again, rel=0.1)
+    assert forward["bytes_read"] == pytest.approx(2 * 4 + 2 * case["scans"]["mean"], rel=0.1)
     data = {"arch": "sm_90", "texts": ["objects"], "cases": cases}
     table = traffic.markdown(json.loads(json.dumps(data)))
     assert table.count(f"| {V:,} | bfloat16 | 1 |") == 2
