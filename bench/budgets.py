@@ -1,0 +1,77 @@
+"""Budgets of the compiled kernels (budgets.toml), and what exceeds them."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from bench.instructions import IN_ONE, SEPARATE, StageCost, kernel_costs
+
+BUDGETS = Path(__file__).with_name("budgets.toml")
+# Of these, a kernel must reach the budget; all else must stay within it.
+AT_LEAST = ("load_bytes", "resident_blocks")
+
+
+class Case(NamedTuple):
+    """The heading of a budget."""
+
+    loss: str
+    target: str
+    vocabulary: int
+
+
+def budgets() -> dict[Case, dict[str, float]]:
+    """All budgets, in the order of the file."""
+    return {
+        _case(name): budget for name, budget in tomllib.loads(BUDGETS.read_text("utf-8")).items()
+    }
+
+
+def _case(name: str) -> Case:
+    found = re.fullmatch(r"(\w+), (\w+), V = (\d+)", name)
+    if found is None:
+        raise ValueError(f"{BUDGETS.name}: expected 'loss, target, V = n', got {name!r}")
+    return Case(found.group(1), found.group(2), int(found.group(3)))
+
+
+def figures(case: Case) -> dict[str, float]:
+    """What the kernels of a case cost, by the names of budgets.toml."""
+    costs = kernel_costs(*case)
+    stages = [s for cost in costs.values() for s in cost.stages if s.stage != "R"]
+    ways = [[costs[name] for name in names] for names in (IN_ONE, SEPARATE)]
+
+    def dearer(count: Callable[[StageCost], int]) -> float:
+        return max(
+            sum(count(s) / s.positions for cost in way for s in cost.stages if s.stage != "R")
+            for way in ways
+        )
+
+    return {
+        "instructions": dearer(lambda stage: stage.instructions),
+        "exps": dearer(lambda stage: stage.exps),
+        "load_bytes": min(int(width) for s in stages for width in (*s.loads, *s.stores)),
+        "local": max(cost.local for cost in costs.values()),
+        "stack": max(cost.stack_bytes for cost in costs.values()),
+        "barriers": sum(s.barriers + s.shuffles for s in stages),
+        "resident_blocks": min(cost.resident_blocks for cost in costs.values()),
+    }
+
+
+def exceeded(case: Case, found: Mapping[str, float], budget: Mapping[str, float]) -> list[str]:
+    """A line for every figure that is not within its budget, with both figures."""
+    if found.keys() != budget.keys():
+        raise ValueError(f"{case}: budgets are {', '.join(found)}, got {', '.join(budget)}")
+    lines = []
+    for name, limit in budget.items():
+        # The file has one digit behind the point.
+        figure = round(found[name], 1)
+        if figure < limit if name in AT_LEAST else figure > limit:
+            bound = "at least " if name in AT_LEAST else ""
+            lines.append(
+                f"{case.loss} on {case.target}, V = {case.vocabulary:,}: {name} is {figure:g}, "
+                f"the budget is {bound}{limit:g} ({BUDGETS.name})"
+            )
+    return lines

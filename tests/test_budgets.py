@@ -1,0 +1,45 @@
+"""The compiled kernels stay within bench/budgets.toml, and the check of it can fail."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from bench.budgets import AT_LEAST, Case, budgets, exceeded, figures
+
+pytestmark = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing"
+)
+BUDGETS = budgets()
+
+
+@pytest.mark.parametrize("case", BUDGETS, ids=lambda case: "-".join(map(str, case)))
+def test_kernels_are_within_their_budget(case: Case) -> None:
+    over = exceeded(case, figures(case), BUDGETS[case])
+    assert not over, "\n".join(over)
+
+
+@pytest.mark.parametrize("name", next(iter(BUDGETS.values())))
+def test_one_less_is_refused_with_both_figures(name: str) -> None:
+    case, budget = next(iter(BUDGETS.items()))
+    found = figures(case)
+    assert not exceeded(case, found, budget)
+    tighter = budget | {name: found[name] + (1 if name in AT_LEAST else -1)}
+    (line,) = exceeded(case, found, tighter)
+    for part in (case.loss, case.target, f"{case.vocabulary:,}", f"{name} is"):
+        assert part in line
+    assert f" {round(found[name], 1):g}, " in line
+    assert f" {tighter[name]:g} " in line
+
+
+def test_a_budget_names_every_figure() -> None:
+    case, budget = next(iter(BUDGETS.items()))
+    with pytest.raises(ValueError, match="budgets are"):
+        exceeded(case, figures(case), {"instructions": budget["instructions"]})
+
+
+def test_tails_of_rows_are_no_part_of_the_loops() -> None:
+    """What a position costs does not hang on V: 32,000 has more of its row in the edges."""
+    case = next(iter(BUDGETS))
+    assert figures(case._replace(vocabulary=32_000)) == figures(case)
