@@ -9,12 +9,14 @@ first and last block of a row) is not in it; ``misaligned`` counts whole rows in
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 import triton
+from matplotlib.figure import Figure
 from torch import Tensor
 
 import akl_triton
@@ -384,13 +386,13 @@ def markdown(data: dict[str, Any]) -> str:
     ours, peers = data["ours"], data["peers"]
     return "\n\n".join(
         [
-            "Instructions per vocabulary position, one (teacher, student) pair of logits. "
-            "Stages: A row statistics, R head boundary (read a few times or never, "
-            "hence apart), B divergence, C gradient. `forward with gradient` is A R B C in one "
-            "launch, which `inplace=True` makes; the other two are the default. Widths: bytes of the "
-            "global loads / stores in the loops over full blocks. Barriers, shuffles: in the loops of A, B and C, a trip. "
-            "Local: local-memory instructions in the whole kernel. Stack and shared memory in "
-            "bytes, registers a thread.",
+            "Instructions per vocabulary position, one (teacher, student) pair of logits. Stages: "
+            "A row statistics, R head boundary (a few scans of the teacher's row or none, hence "
+            "apart), B divergence, C gradient. `forward with gradient` is A R B C in one launch, "
+            "which `inplace=True` makes; the other two are the default. Widths: bytes of the "
+            "global loads / stores in the loops over full blocks. Barriers, shuffles: in the loops "
+            "of A, B and C, a trip. Local: local-memory instructions in the whole kernel. Stack "
+            "and shared memory in bytes, registers a thread.",
             f"### Ours on {MAIN_TARGET}, bf16",
             table(COLUMNS, _our_rows(filter(_is_main, ours)), texts=3),
             "### Ours on other GPUs, and in other dtypes",
@@ -596,3 +598,42 @@ def _tile_rows(costs: list[dict[str, Any]]) -> list[tuple[str, ...]]:
         )
         for kind, pair in kinds.items()
     ]
+
+
+COLOURS = {"A": "#0072B2", "B": "#E69F00", "C": "#009E73", "BC": "#CC79A7"}
+
+
+def plot(data: dict[str, Any], path: os.PathLike[str]) -> None:
+    """Instructions per position as bars, stage on stage, ours above the peers."""
+    bars: dict[str, dict[str, float]] = {}
+    for case in (*data["peers"][::-1], *data["ours"][::-1]):
+        if not _is_main(case) or MAIN_VOCABULARY not in case["vocabularies"]:
+            continue
+        name = case.get("peer") or f"akl_triton {case['loss']}"
+        kernels = [case["kernels"][k] for k in (SEPARATE if "loss" in case else case["kernels"])]
+        bars[name] = {s: sum(_stage(kernel, s) for kernel in kernels) for s in COLOURS}
+    figure = Figure(figsize=(8, 0.4 * len(bars) + 1.4), layout="constrained")
+    axes = figure.subplots()
+    left = dict.fromkeys(bars, 0.0)
+    words = {"A": "A statistics", "B": "B divergence", "C": "C gradient", "BC": "B and C in one"}
+    for stage, colour in COLOURS.items():
+        axes.barh(
+            list(bars),
+            [of[stage] for of in bars.values()],
+            left=list(left.values()),
+            color=colour,
+            label=words[stage],
+        )
+        left = {name: left[name] + of[stage] for name, of in bars.items()}
+    for name, total in left.items():
+        # Their log_softmax is not Triton's, and not counted.
+        more = " + log_softmax" if name.startswith("Liger") else ""
+        axes.annotate(f" {total:.1f}{more}", (total, name), va="center", fontsize=8)
+    axes.set_title(
+        f"SASS instructions per vocabulary position, {MAIN_TARGET}, bf16, V = {MAIN_VOCABULARY:,}",
+        fontsize=10,
+        loc="left",
+    )
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=8, loc="lower right")
+    figure.savefig(path, dpi=150)
