@@ -48,19 +48,20 @@ def work(kernels: Iterable[Mapping[str, Any]], scans: float = 0.0) -> Work:
     """Of kernels as bench.instructions stores them; stage R sweeps a row `scans` times."""
     total = Work(0.0, 0.0, 0.0, 0.0)
     for kernel in kernels:
-        loads = {}
-        for i, stage in enumerate(kernel["stages"]):
+        most = 0.0
+        for stage in kernel["stages"]:
             sweeps = scans if stage["stage"] == "R" else 1.0
-            loads[i] = _moved(stage["loads"]) / stage["positions"]
+            loads = _moved(stage["loads"]) / stage["positions"]
             stores = _moved(stage["stores"]) / stage["positions"]
+            most = max(most, loads)
             total += Work(
-                bytes=sweeps * loads[i] + stores,
+                bytes=sweeps * loads + stores,
                 bytes_once=stores,
                 exps=sweeps * stage["exps"] / stage["positions"],
                 instructions=sweeps * stage["instructions"] / stage["positions"],
             )
         # The stage that reads most reads all that the kernel reads.
-        total += Work(0.0, max(loads.values()), 0.0, 0.0)
+        total += Work(0.0, most, 0.0, 0.0)
     return total
 
 

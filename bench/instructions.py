@@ -635,5 +635,6 @@ def plot(data: dict[str, Any], path: os.PathLike[str]) -> None:
         loc="left",
     )
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8, loc="lower right")
+    axes.margins(x=0.15)
+    axes.legend(frameon=False, fontsize=8, loc="upper right")
     figure.savefig(path, dpi=150)

@@ -1,21 +1,29 @@
-"""`python -m bench report`: RESULTS.md and its pictures, from what the sections collected."""
+"""`python -m bench report`: RESULTS.md, its pictures, and the table in README.md."""
 
 from __future__ import annotations
 
 import importlib
+import re
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from bench import goals
+from bench.floor import work
+from bench.instructions import MAIN_TARGET, MAIN_VOCABULARY, SEPARATE
 from bench.store import RESULTS, load, store
 from bench.tables import table
 
 DOCUMENT = Path(__file__).with_name("RESULTS.md")
+README = Path(__file__).parents[1] / "README.md"
+SUMMARY = re.compile(r"(?<=<!-- python -m bench report -->\n).*?(?=<!-- end -->)", re.DOTALL)
 
 # Section (its module in bench/): heading. In the order of collecting, as the floor reads the rest.
 SECTIONS = {
     "instructions": "Instructions, registers and occupancy, ours beside the peers",
+    "traffic": "Bytes, executed instructions and scans on real logits",
+    "operators": "Bytes beside the peers, operator by operator",
+    "growth": "Growth with N and V",
     "floor": "Floors",
 }
 # What a section's module has: collect() -> dict that JSON can hold, markdown(data) -> str, and, if
@@ -72,6 +80,44 @@ def render() -> str:
     return "\n\n".join(part.strip() for part in parts) + "\n"
 
 
+def summary() -> str:
+    """The table in README.md: what a forward and backward costs, beside the peers."""
+    instructions, operators, floors = (
+        load(name)["data"] for name in ("instructions", "operators", "floor")
+    )
+    kernels = {
+        case.get("peer") or case["loss"]: [
+            kernel for name, kernel in case["kernels"].items() if "peer" in case or name in SEPARATE
+        ]
+        for case in (*instructions["ours"], *instructions["peers"])
+        if case["target"] == MAIN_TARGET
+        and case.get("dtype", "bf16") == "bf16"
+        and MAIN_VOCABULARY in case["vocabularies"]
+    }
+    rows = []
+    for subject in sorted(operators["subjects"], key=lambda s: (s["computes"], s["bytes"])):
+        name, computes = subject["name"], subject["computes"]
+        if computes not in ("adaptive_kl", "forward_kl"):
+            continue
+        is_ours = name == computes
+        executed = work(kernels.get(name, ()), scans=floors["scans"]["1"]).instructions
+        only_kernels = subject["bytes_in_kernels"] > 0.99 * subject["bytes"]
+        rows.append(
+            (
+                f"**akl_triton {name}**" if is_ours else name,
+                computes,
+                f"{subject['bytes']:.1f}",
+                f"{executed:.1f}" if only_kernels else "",
+                f"{subject['temporaries']:.1f}",
+            )
+        )
+    return table(
+        ("loss", "computes", "bytes moved", "instructions", "bytes of temporaries"), rows, texts=2
+    )
+
+
 def write() -> None:
-    """Write RESULTS.md."""
+    """Write RESULTS.md, and the table into README.md."""
     DOCUMENT.write_text(render(), encoding="utf-8")
+    readme = README.read_text("utf-8")
+    README.write_text(SUMMARY.sub(lambda _: f"\n{summary()}\n\n", readme), encoding="utf-8")
