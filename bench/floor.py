@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.instructions import IN_ONE, PEER_VOCABULARIES, SEPARATE
+from bench.instructions import CUT, IN_ONE, PEER_VOCABULARIES, SEARCHES, SEPARATE
 from bench.store import load
 from bench.tables import table
 
@@ -44,13 +44,17 @@ class Work:
         )
 
 
-def work(kernels: Iterable[Mapping[str, Any]], scans: float = 0.0) -> Work:
-    """Of kernels as bench.instructions stores them; stage R sweeps a row `scans` times."""
+# How often the searches of stage R sweep a row, by the names of bench.instructions.SEARCHES.
+Scans = Mapping[str, float]
+
+
+def work(kernels: Iterable[Mapping[str, Any]], scans: Scans) -> Work:
+    """Of kernels as bench.instructions stores them."""
     total = Work(0.0, 0.0, 0.0, 0.0)
     for kernel in kernels:
         most = 0.0
         for stage in kernel["stages"]:
-            sweeps = scans if stage["stage"] == "R" else 1.0
+            sweeps = scans[stage["stage"]] if stage["stage"] in SEARCHES else 1.0
             loads = _moved(stage["loads"]) / stage["positions"]
             stores = _moved(stage["stores"]) / stage["positions"]
             most = max(most, loads)
@@ -91,8 +95,8 @@ def collect() -> dict[str, Any]:
         load(section)["data"] for section in ("instructions", "operators", "traffic")
     )
     scans = {
-        temperature: next(
-            case["scans"]["mean"]
+        f"{temperature:g}": next(
+            {"R": case["scans"]["boundary_mean"], CUT: case["scans"]["cut_mean"]}
             for case in traffic["cases"]
             if not case["synthetic"]
             and (case["dtype"], case["temperature"]) == ("bfloat16", temperature)
@@ -114,7 +118,7 @@ def collect() -> dict[str, Any]:
             }
             for key, device in devices.items()
         },
-        "scans": {f"{temperature:g}": mean for temperature, mean in scans.items()},
+        "scans": scans,
         "operators_vocabulary": operators["vocabulary"],
     }
 
@@ -123,7 +127,7 @@ _Entry = tuple[str, str, str, Work, int | None]
 
 
 def _ours(
-    cases: list[dict[str, Any]], target: str, vocabulary: int, scans: Mapping[float, float]
+    cases: list[dict[str, Any]], target: str, vocabulary: int, scans: Mapping[str, Scans]
 ) -> Iterable[_Entry]:
     for case in cases:
         if (
@@ -136,9 +140,9 @@ def _ours(
         for how, names in (("in place", IN_ONE), ("default", SEPARATE)):
             kernels = [case["kernels"][name] for name in names]
             blocks = max(kernel["resident_blocks"] for kernel in kernels)
-            for temperature, mean in scans.items() if has_head else ((None, 0.0),):
-                at = f", T = {temperature:g}" if temperature else ""
-                yield f"**{case['loss']}**", case["loss"], how + at, work(kernels, mean), blocks
+            for temperature, of_head in scans.items() if has_head else (("", {}),):
+                at = f", T = {temperature}" if temperature else ""
+                yield f"**{case['loss']}**", case["loss"], how + at, work(kernels, of_head), blocks
 
 
 def _peers(
@@ -155,8 +159,14 @@ def _peers(
         name = subject["name"]
         if name in ours or (name not in compiled and subject["bytes_in_kernels"]):
             continue
-        in_operators = subject["bytes"] - subject["bytes_in_kernels"]
-        of = work(compiled.get(name, ())) + Work(in_operators, in_operators, 0.0, 0.0)
+        in_kernels = subject["bytes_in_kernels"]
+        of = work(compiled.get(name, ()), {}) + Work(
+            bytes=subject["bytes"] - in_kernels,
+            # What is smaller than the logits may stay in a cache.
+            bytes_once=subject["bytes_in_large_tensors"] - in_kernels,
+            exps=0.0,
+            instructions=0.0,
+        )
         kernels = list(compiled.get(name, ()))
         blocks = max((kernel["resident_blocks"] for kernel in kernels), default=None)
         yield name, subject["computes"], "", of, blocks
@@ -192,7 +202,7 @@ def markdown(data: dict[str, Any]) -> str:
         "PyTorch runs (the eager rows; softmax and scaling around Liger's kernels) only bytes are "
         "known, so that those floors are low. The scans of stage R are those of real logits "
         "(`python -m bench traffic`): "
-        + ", ".join(f"{mean:.2f} at T = {t}" for t, mean in data["scans"].items())
+        + ", ".join(f"{sum(of.values()):.2f} at T = {t}" for t, of in data["scans"].items())
         + ". What operators move (`python -m bench operators`) was counted at V = "
         f"{data['operators_vocabulary']:,}.",
     ]

@@ -49,6 +49,10 @@ STAGES = {
     "B": ("divergence.py", 2),
     "C": ("gradient.py", 2),
 }
+# Of stage R: the search for the cut in a group of ties, which has no exps.
+CUT = "cut"
+# These sweep a row as often as its logits ask for, or never; the others sweep it once.
+SEARCHES = ("R", CUT)
 # The same for the peers, whose loops share a file: by kernel, in the order of the source, the stage
 # of ours that does the same work, and what an iteration reads. None: no work on logits.
 PEER_LOOPS: dict[str, tuple[tuple[str, int] | None, ...]] = {
@@ -97,8 +101,8 @@ class KernelCost:
 
     @property
     def per_position(self) -> float:
-        """Instructions per position of stages A, B and C: R is a few scans, or none."""
-        return sum(stage.per_position for stage in self.stages if stage.stage != "R")
+        """Instructions per position of stages A, B and C, which sweep a row once."""
+        return sum(stage.per_position for stage in self.stages if stage.stage not in SEARCHES)
 
 
 def _stage_cost(stage: str, loop: Loop, per_thread: float, bytes_per_position: int) -> StageCost:
@@ -170,18 +174,20 @@ def _our_cost(name: str, launch: RecordedLaunch, dtype: str) -> KernelCost:
     code = _analysed(launch.compiled.hash, launch)
     per_thread = code.elements_per_thread(_block(launch))
     by_file = code.loops_by_file([file for file, _ in STAGES.values()])
-    stages = []
+    costs: dict[str, list[StageCost]] = {}
     for stage, (file, reads) in STAGES.items():
-        costs = []
         for loop in by_file[file]:
-            try:
-                cost = _stage_cost(stage, loop, per_thread, reads * DTYPES[dtype].itemsize)
-            except ValueError:
-                continue  # a loop that reads something else, such as the search for a tie
-            if cost.exps:
-                costs.append(cost)
-        if costs:  # masks make the loop over edge blocks the longer one
-            stages.append(min(costs, key=lambda cost: cost.per_position))
+            has_exps = loop.body.special.get("ex2", 0) > 0
+            if loop.body.bytes_loaded and (has_exps or stage == "R"):
+                part = stage if has_exps else CUT
+                cost = _stage_cost(part, loop, per_thread, reads * DTYPES[dtype].itemsize)
+                costs.setdefault(part, []).append(cost)
+    # Masks make the loop over edge blocks the longer one; that which goes from block to block in
+    # search of the cut adds up each of them.
+    stages = [
+        min(of_part, key=lambda cost: (cost.barriers, cost.per_position))
+        for of_part in costs.values()
+    ]
     return _cost(name, launch, code, stages)
 
 
@@ -373,7 +379,7 @@ def _as_json(cost: KernelCost) -> dict[str, Any]:
 
 
 COLUMNS = (
-    *("loss", "kernel", "V", "A", "B", "C", "A + B + C", "R, a scan", "exps", "widths"),
+    *("loss", "kernel", "V", "A", "B", "C", "A + B + C", "R, cut", "exps", "widths", "of R, cut"),
     *("barriers, shuffles", "local", "stack", "registers", "shared", "blocks an SM"),
 )
 PEER_COLUMNS = (
@@ -387,12 +393,13 @@ def markdown(data: dict[str, Any]) -> str:
     return "\n\n".join(
         [
             "Instructions per vocabulary position, one (teacher, student) pair of logits. Stages: "
-            "A row statistics, R head boundary (a few scans of the teacher's row or none, hence "
-            "apart), B divergence, C gradient. `forward with gradient` is A R B C in one launch, "
-            "which `inplace=True` makes; the other two are the default. Widths: bytes of the "
-            "global loads / stores in the loops over full blocks. Barriers, shuffles: in the loops "
-            "of A, B and C, a trip. Local: local-memory instructions in the whole kernel. Stack "
-            "and shared memory in bytes, registers a thread.",
+            "A row statistics, R head boundary and the cut in a group of ties (a few scans of the "
+            "teacher's row each, or none, hence apart), B divergence, C gradient. `forward with "
+            "gradient` is A R B C in one launch, which `inplace=True` makes; the other two are the "
+            "default. Widths: bytes of the global loads / stores in the loops over full blocks. "
+            "Barriers, shuffles: in the loops of A, B and C, a trip. Local: local-memory "
+            "instructions in the whole kernel. Stack and shared memory in bytes, registers a "
+            "thread.",
             f"### Ours on {MAIN_TARGET}, bf16",
             table(COLUMNS, _our_rows(filter(_is_main, ours)), texts=3),
             "### Ours on other GPUs, and in other dtypes",
@@ -463,7 +470,9 @@ def _vocabularies(sizes: Iterable[int]) -> str:
 
 def _sum(cost: Mapping[str, Any], what: str) -> float:
     """Of stages A, B and C, per position."""
-    return float(sum(s[what] / s["positions"] for s in cost["stages"] if s["stage"] != "R"))
+    return float(
+        sum(s[what] / s["positions"] for s in cost["stages"] if s["stage"] not in SEARCHES)
+    )
 
 
 def _stage(cost: Mapping[str, Any], stage: str) -> float:
@@ -482,14 +491,16 @@ def _widths(stages: Iterable[Mapping[str, Any]], kind: str) -> str:
 
 def _figures(cost: Mapping[str, Any]) -> tuple[str, ...]:
     """The columns from A on."""
-    stages = [stage for stage in cost["stages"] if stage["stage"] != "R"]
+    stages = [stage for stage in cost["stages"] if stage["stage"] not in SEARCHES]
+    searches = [stage for stage in cost["stages"] if stage["stage"] in SEARCHES]
     barriers, shuffles = (sum(s[what] for s in stages) for what in ("barriers", "shuffles"))
     return (
         *(_cell(_stage(cost, stage)) for stage in "ABC"),
         f"{cost['per_position']:.1f}",
-        _cell(_stage(cost, "R")),
+        ", ".join(_cell(_stage(cost, s["stage"])) for s in searches),
         number(_sum(cost, "exps")),
         f"{_widths(stages, 'loads')} / {_widths(stages, 'stores')}",
+        ", ".join(_widths([s], "loads") for s in searches),
         f"{barriers}, {shuffles}",
         *(str(cost[what]) for what in ("local", "stack_bytes", "registers", "shared_bytes")),
         str(cost["resident_blocks"]),
@@ -515,7 +526,7 @@ def _other_rows(cases: Iterable[dict[str, Any]]) -> list[tuple[str, ...]]:
 def _together(kernels: Mapping[str, Any], names: Iterable[str]) -> tuple[str, ...]:
     """The columns of the table of peers from `tiles` on: the kernels of a forward and backward."""
     costs = [kernels[name] for name in names]
-    stages = [s for cost in costs for s in cost["stages"] if s["stage"] != "R"]
+    stages = [s for cost in costs for s in cost["stages"] if s["stage"] not in SEARCHES]
     of_b = sum(_stage(cost, "B") for cost in costs)
     of_both = sum(_stage(cost, "BC") for cost in costs)
     return (
