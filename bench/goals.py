@@ -104,10 +104,13 @@ def goals() -> list[Goal]:
             *("growth", _growth_over_rows, FLAT_WITHIN),
             digits=3,
         ),
-        Goal(
-            "change of bytes and instructions a position over V, three sweeps, V >= 32,768",
-            *("growth", _growth_over_vocabularies, FLAT_WITHIN),
-            digits=3,
+        *(
+            Goal(
+                f"change of {what} a position over V, three sweeps, V >= 32,768",
+                *("growth", _growth_over_vocabularies(what), FLAT_WITHIN),
+                digits=3,
+            )
+            for what in ("bytes", "instructions")
         ),
         Goal(
             "change of the floats kept a row for the backward over N and V",
@@ -240,9 +243,10 @@ def _growth_over_rows(data: Mapping[str, Any]) -> float:
     )
 
 
-def _growth_over_vocabularies(data: Mapping[str, Any]) -> float:
-    found = [f["fixed"] for f in data["over_vocabularies"] if f["vocabulary"] >= 32_768]
-    return max(_spread([f[what] for f in found]) for what in ("bytes", "instructions"))
+def _growth_over_vocabularies(what: str) -> Callable[[Mapping[str, Any]], float]:
+    return lambda data: _spread(
+        [f["fixed"][what] for f in data["over_vocabularies"] if f["vocabulary"] >= 32_768]
+    )
 
 
 def _kept(data: Mapping[str, Any]) -> float:

@@ -217,8 +217,6 @@ def markdown(data: dict[str, Any]) -> str:
                 + " |"
                 for f in data["peak_memory"]
             ),
-            "",
-            "Command: `python -m bench.growth`",
         ]
     )
 

@@ -41,6 +41,8 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
 # Which kernels a call launches, in order. The first two are what a loss with its backward launches.
 SEPARATE = ("forward", "backward")
 IN_ONE = ("forward with gradient",)
+# The stages that sweep a row in each.
+SWEEPS = {"forward": "AB", "backward": "C", "forward with gradient": "ABC"}
 
 # Stage: (its source file, logits that it reads per position).
 STAGES = {
@@ -188,6 +190,9 @@ def _our_cost(name: str, launch: RecordedLaunch, dtype: str) -> KernelCost:
         min(of_part, key=lambda cost: (cost.barriers, cost.per_position))
         for of_part in costs.values()
     ]
+    missing = set(SWEEPS[name]) - costs.keys()
+    if missing:
+        raise ValueError(f"{launch.name}: no loop of stage {', '.join(sorted(missing))}")
     return _cost(name, launch, code, stages)
 
 

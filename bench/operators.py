@@ -293,8 +293,6 @@ def markdown(data: dict[str, Any]) -> str:
             f"| {name} | {o['calls']} | {o['read']:.1f} | {o['written']:.1f} |"
             for name, o in sorted(moved.items(), key=lambda item: -sum(item[1].values()))
         ),
-        "",
-        "Command: `python -m bench.operators`",
     ]
     return "\n".join(lines)
 

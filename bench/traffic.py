@@ -218,8 +218,6 @@ def markdown(data: dict[str, Any]) -> str:
             + "32-byte sectors of each request; those of every sector once a launch (compulsory); "
             + "PTX instructions of a lane. Per row: scans of the teacher's row by stage R, barriers"
             + " and divergent basic blocks of forward and backward.",
-            "",
-            "Command: `python -m bench.traffic`",
         ]
     )
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 
 import pytest
 
+from bench import instructions
 from bench.budgets import AT_LEAST, Case, budgets, exceeded, figures
 
 pytestmark = pytest.mark.skipif(
@@ -43,3 +45,17 @@ def test_tails_of_rows_are_no_part_of_the_loops() -> None:
     """What a position costs does not hang on V: 32,000 has more of its row in the edges."""
     case = next(iter(BUDGETS))
     assert figures(case._replace(vocabulary=32_000)) == figures(case)
+
+
+def test_a_stage_without_a_loop_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel must not become cheap because its code is not found."""
+    analysed = instructions._analysed
+
+    def without_gradient(*arguments):
+        code = analysed(*arguments)
+        kept = [loop for loop in code.loops if not loop.instructions_from("gradient.py")]
+        return dataclasses.replace(code, loops=tuple(kept))
+
+    monkeypatch.setattr(instructions, "_analysed", without_gradient)
+    with pytest.raises(ValueError, match="no loop of stage C"):
+        figures(next(iter(BUDGETS)))

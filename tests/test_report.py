@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import json
+import os
 import re
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +15,7 @@ import pytest
 
 from bench import goals, report, store
 from bench.floor import Work, floor, work
+from bench.instructions import kernel_costs
 from bench.tables import table
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -46,6 +51,24 @@ def test_a_changed_figure_is_drift(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     )
     of_rows = [line for line in changed if line not in written and not line.startswith("| [")]
     assert len(of_rows) == 1
+
+
+@pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing"
+)
+def test_stored_instructions_are_those_of_the_kernels() -> None:
+    stored = store.load("instructions")
+    if stored["versions"]["triton"] != importlib.metadata.version("triton"):
+        pytest.skip("another Triton compiled the kernels")
+    (case,) = (
+        case
+        for case in stored["data"]["ours"]
+        if (case["loss"], case["target"], case["dtype"]) == ("adaptive_kl", "sm_90", "bf16")
+        and 151_936 in case["vocabularies"]
+    )
+    for name, cost in kernel_costs("adaptive_kl", "sm_90", 151_936).items():
+        found = json.loads(json.dumps({**asdict(cost), "per_position": cost.per_position}))
+        assert found == case["kernels"][name], "the kernels have changed: python -m bench report"
 
 
 def sections(text: str) -> Iterator[str]:
