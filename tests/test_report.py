@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from bench import goals, report, store
+from bench.__main__ import main
 from bench.floor import Work, floor, work
 from bench.instructions import kernel_costs
 from bench.tables import table
@@ -69,6 +70,29 @@ def test_stored_instructions_are_those_of_the_kernels() -> None:
     for name, cost in kernel_costs("adaptive_kl", "sm_90", 151_936).items():
         found = json.loads(json.dumps({**asdict(cost), "per_position": cost.per_position}))
         assert found == case["kernels"][name], "the kernels have changed: python -m bench report"
+
+
+def test_the_command_writes_both_documents(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    readme, document = tmp_path / "README.md", tmp_path / "RESULTS.md"
+    written = report.README.read_text("utf-8")
+    readme.write_text(report.SUMMARY.sub("\nout of date\n", written), "utf-8")
+    monkeypatch.setattr(report, "README", readme)
+    monkeypatch.setattr(report, "DOCUMENT", document)
+    monkeypatch.setattr("sys.argv", ["bench", "report", "--stored"])
+    assert main() == 0
+    assert str(document) in capsys.readouterr().out
+    assert readme.read_text("utf-8") == written
+    assert document.read_text("utf-8") == report.render()
+
+
+def test_the_command_shows_a_section(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["bench", "traffic", "--stored"])
+    assert main() == 0
+    assert capsys.readouterr().out.strip() in report.DOCUMENT.read_text("utf-8")
 
 
 def sections(text: str) -> Iterator[str]:
