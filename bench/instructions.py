@@ -402,10 +402,10 @@ def markdown(data: dict[str, Any]) -> str:
             "teacher's row each, or none, hence apart), B divergence, C gradient. `forward with "
             "gradient` is A R B C in one launch, which `inplace=True` makes; the other two are the "
             "default. Widths: bytes of the global loads / stores in the loops over full blocks. "
-            "Where a loop chooses between ways, such as those of full and of edge blocks, all are in "
-            "it. Barriers, shuffles: in the loops of A, B and C, a trip. Local: local-memory "
-            "instructions in the whole kernel. Stack and shared memory in bytes, registers a "
-            "thread.",
+            "Where a loop chooses between ways, such as those of full and of edge blocks, all of "
+            "them count. Barriers, shuffles: in the loops of A, B and C, a trip. Local: "
+            "local-memory instructions in the whole kernel. Stack and shared memory in bytes, "
+            "registers a thread.",
             f"### Ours on {MAIN_TARGET}, bf16",
             table(COLUMNS, _our_rows(filter(_is_main, ours)), texts=3),
             "### Ours on other GPUs, and in other dtypes",
