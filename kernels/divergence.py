@@ -14,7 +14,16 @@ infinite or NaN, and such a row is swept again with the edge block's code everyw
 import triton
 import triton.language as tl
 
-from .rows import LOWEST, UNROLL, edge_block, full_blocks_end, load_edge, load_full, rounded_sum
+from .rows import (
+    LOWEST,
+    UNROLL,
+    edge_block,
+    full_blocks_end,
+    load_edge,
+    load_full,
+    rounded_sum,
+    scaled,
+)
 
 LN2 = tl.constexpr(0.6931471805599453)
 
@@ -78,36 +87,41 @@ def row_divergence(
         count_ties = tl.zeros((BLOCK,), tl.float32)
         lost_p = tl.zeros((BLOCK,), tl.float32)
         lost_q = tl.zeros((BLOCK,), tl.float32)
-        for block in tl.range(1, full_end, loop_unroll_factor=UNROLL):
-            t = load_full(t_row, block, True, BLOCK)
-            s = load_full(s_row, block, S_ALIGNED, BLOCK)
-            log_p = t * scale - lse_t
-            log_q = s * scale - lse_s
-            p = tl.exp2(log_p)
-            q = tl.exp2(log_q)
-            u = log_p - log_q
-            if FORWARD:
-                sum_f += p * u
-            if REVERSE:
-                sum_r += q * u
-            if GAP:
-                distance = tl.abs(p - ratio * q)
-                sum_gap += distance
-            if HAS_HEAD:
-                least = tl.where((block + 1) * BLOCK <= cut, crossing, above_crossing)
-                sum_head += tl.where(t >= least, distance, 0.0)
-                if STATS:
-                    count_head += (t > crossing).to(tl.float32)
-                if not STABLE:
-                    sum_ties += tl.where(t == crossing, distance, 0.0)
-                    count_ties += (t == crossing).to(tl.float32)
+        # Ties belong to the head in the blocks before the cut, and not from there on.
+        turn = tl.minimum(tl.maximum(cut // BLOCK, 1), full_end)
+        for part in range(2):
+            begin = tl.where(part == 0, 1, turn)
+            end = tl.where(part == 0, turn, full_end)
+            least = tl.where(part == 0, crossing, above_crossing)
+            for block in tl.range(begin, end, loop_unroll_factor=UNROLL):
+                t = load_full(t_row, block, True, BLOCK)
+                s = load_full(s_row, block, S_ALIGNED, BLOCK)
+                log_p = scaled(t, scale, lse_t)
+                log_q = scaled(s, scale, lse_s)
+                p = tl.exp2(log_p)
+                q = tl.exp2(log_q)
+                u = log_p - log_q
+                if FORWARD:
+                    sum_f += p * u
+                if REVERSE:
+                    sum_r += q * u
+                if GAP:
+                    distance = tl.abs(p - ratio * q)
+                    sum_gap += distance
+                if HAS_HEAD:
+                    sum_head += tl.where(t >= least, distance, 0.0)
+                    if STATS:
+                        count_head += (t > crossing).to(tl.float32)
+                    if not STABLE:
+                        sum_ties += tl.where(t == crossing, distance, 0.0)
+                        count_ties += (t == crossing).to(tl.float32)
         for edge in range(0, 1 + tl.maximum(blocks - full_end, 0)):
             block = edge_block(edge, full_end)
             offsets = block * BLOCK + columns
             t = load_edge(t_row, offsets, lead, end_t)
             s = load_edge(s_row, offsets, lead, end_s)
-            log_p = t * scale - lse_t
-            log_q = s * scale - lse_s
+            log_p = scaled(t, scale, lse_t)
+            log_q = scaled(s, scale, lse_s)
             p = tl.exp2(log_p)
             q = tl.exp2(log_q)
             kept = (t > float("-inf")) & (s > float("-inf"))
@@ -150,7 +164,9 @@ def row_divergence(
             offsets = cut // BLOCK * BLOCK + columns
             t = load_edge(t_row, offsets, lead, end_t)
             s = load_edge(s_row, offsets, lead, end_s)
-            distance = tl.abs(tl.exp2(t * scale - lse_t) - ratio * tl.exp2(s * scale - lse_s))
+            distance = tl.abs(
+                tl.exp2(scaled(t, scale, lse_t)) - ratio * tl.exp2(scaled(s, scale, lse_s))
+            )
             g_head += tl.sum(tl.where((t == crossing) & (offsets < cut), distance, 0.0), axis=0)
         else:
             k = tl.minimum(k, ties)

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from .divergence import LN2, normaliser
-from .rows import LOWEST, UNROLL, edge_block, load_edge, load_full
+from .rows import LOWEST, UNROLL, block_offsets, edge_block, load_edge, load_full, scaled
 
 
 @triton.jit
@@ -42,20 +42,19 @@ def row_gradient(
     """Write ds of one row; blocks 1 .. full_end-1 are finite on both sides."""
     columns = tl.arange(0, BLOCK)
     for block in tl.range(1, full_end, loop_unroll_factor=UNROLL):
-        offsets = block * BLOCK + columns
-        log_p = load_full(t_row, block, True, BLOCK) * scale - lse_t
-        log_q = load_full(s_row, block, S_ALIGNED, BLOCK) * scale - lse_s
+        log_p = scaled(load_full(t_row, block, True, BLOCK), scale, lse_t)
+        log_q = scaled(load_full(s_row, block, S_ALIGNED, BLOCK), scale, lse_s)
         factor = offset
         if REVERSE:
             factor = slope * (log_p - log_q) + offset
         ds = tl.exp2(log_q) * factor - teacher * tl.exp2(log_p)
-        tl.store(ds_row + offsets, ds.to(ds_row.dtype.element_ty))
+        tl.store(ds_row + block_offsets(block, BLOCK), ds.to(ds_row.dtype.element_ty))
     for edge in range(0, 1 + tl.maximum(tl.cdiv(end_s, BLOCK) - full_end, 0)):
         offsets = edge_block(edge, full_end) * BLOCK + columns
         t = load_edge(t_row, offsets, lead, end_t)
         s = load_edge(s_row, offsets, lead, end_s)
-        log_p = t * scale - lse_t
-        log_q = s * scale - lse_s
+        log_p = scaled(t, scale, lse_t)
+        log_q = scaled(s, scale, lse_s)
         q = tl.exp2(log_q)
         kept = (t > float("-inf")) & (s > float("-inf"))
         u = tl.maximum(log_p, LOWEST) - tl.maximum(log_q, LOWEST)

@@ -1,34 +1,46 @@
 """Stage R, head boundary: where the teacher's sorted mass reaches mu, without sorting.
 
-    mass(x)  = sum of p_i over teacher logits t_i >= x          a step function, read off the row
+    mass(x)  = sum of p_i over teacher logits t_i >= x          a step function
     crossing = largest x in the row with mass(x) > mu           (inclusive rule: >= mu)
     k        = how many of the logits equal to `crossing` belong to the head
     cut      = offset behind the k-th of them, in index order   (ties="stable")
 
-Logits are ordered by an integer key (the sign-magnitude bits of their own dtype, made monotone),
-and mass() is evaluated at PIVOTS keys in one sweep of the teacher's row, until two neighbouring
-keys bracket mu. The first pivots stand around an estimate that costs no sweep: the slot maxima of
-stage A are BLOCK tokens drawn from the top, and if a share f of the slots holds a logit >= x, then
-about -BLOCK ln(1 - f) tokens are >= x (balls in bins), which says how much mass the maxima hide.
+Logits are ordered by an integer key (the sign-magnitude bits of their own dtype, made monotone).
+A bracket of two keys, of which the lower crosses mu and the upper does not, is narrowed by
+evaluating mass() at PIVOTS keys at a time until the two are neighbours. mass() is summed over
+
+  - the slot maxima of stage A, which are in registers, where these are proven to suffice: a slot's
+    mass less that of its maximum bounds every other token in it, so that no token heavier than the
+    largest such rest, `hidden`, is missing among the maxima. Text at T = 1 needs no more.
+  - otherwise the teacher's row, one sweep for every PIVOTS keys. The first stand around an
+    estimate: the maxima are BLOCK tokens drawn from the top, and if a share f of them is >= x, then
+    about -BLOCK ln(1 - f) tokens are (balls in bins), which says how much mass the maxima hide.
+    Later ones stand where interpolation in the bracket expects the crossing, at distances of its
+    expected error.
 """
 
 import triton
 import triton.language as tl
 
-from .rows import LOWEST, load_edge, load_full
+from .rows import LOWEST, load_edge, load_full, scaled
 
-PIVOTS = tl.constexpr(6)
-# The estimate narrows its bracket to a BINS-th every round; BINS x BLOCK values are in registers.
-BINS = tl.constexpr(4)
-ROUNDS = tl.constexpr(5)
+PIVOTS = tl.constexpr(4)
 # Nothing 2^-64 below the most probable token can hold a visible share of the mass.
 DEPTH = tl.constexpr(64.0)
-ESTIMATE_DEPTH = tl.constexpr(32.0)
+# Bins of the estimate, in powers of 2 of the mass: the first and the last.
+STRIDE = tl.constexpr(2.0)
+FINEST = tl.constexpr(1.0 / 32)
+# How far, in units of T ln 2, the first pivots are from an estimate that is good, and from one that
+# is poor since the maxima hide most of what is above it.
+NEAR = tl.constexpr(0.01)
+FAR = tl.constexpr(0.15)
+# Of an interpolation in a bracket: the error that the curvature of mass() makes.
+CURVATURE = tl.constexpr(0.0012)
 
 
 @triton.jit
 def key_of(x, dtype: tl.constexpr):
-    """Monotone integer key of a value of `dtype` held in fp32; keys of fp32 may lie 2^32 apart."""
+    """Monotone integer key of the `dtype` value nearest to x; keys of fp32 may lie 2^32 apart."""
     x = tl.where(x == 0.0, 0.0, x)  # -0.0 equals 0.0
     if dtype == tl.float16:
         bits = x.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32)
@@ -36,7 +48,7 @@ def key_of(x, dtype: tl.constexpr):
     bits = x.to(tl.int32, bitcast=True)
     key = bits ^ ((bits >> 31) & 0x7FFFFFFF)
     if dtype == tl.bfloat16:
-        key = key >> 16
+        key = (key + 0x8000) >> 16
     return key
 
 
@@ -69,6 +81,7 @@ def head_boundary(
     reference,  # of stage A
     z,  # Z_t of stage A
     slots,  # [BLOCK] slot maxima of stage A
+    hidden,  # of stage A: no token that is no slot maximum has a larger mass
     mu,
     INCLUSIVE: tl.constexpr,
     STABLE: tl.constexpr,
@@ -80,17 +93,29 @@ def head_boundary(
     dtype: tl.constexpr = t_row.dtype.element_ty
     target = mu * z
     top = tl.max(slots, axis=0)
-    top_mass = tl.exp2(top * scale - reference)
+    top_mass = _mass(top, scale, reference)
     crossing = top
     above = 0.0
     reached = top_mass
     # A token with more than half of the mass has no equal: nothing need be read. (NaN rows: also.)
     alone = (top_mass > 0.5 * z) & crosses(top_mass, target, INCLUSIVE)
     if (z == z) & (alone == 0):
-        crossing, above, reached = _search(
-            t_row, lead, end_t, scale, reference, z, slots, top, target, INCLUSIVE, dtype, BLOCK
-        )
-    each = tl.exp2(crossing * scale - reference)
+        high = key_of(top, dtype) + 1
+        low = key_of((tl.log2(hidden) + reference) / scale, dtype) + 1
+        known = tl.sum(tl.where(slots >= value_of(low, dtype), _mass(slots, scale, reference), 0.0))
+        suffice = (low < high) & crosses(known, target, INCLUSIVE)
+        if suffice:
+            crossing, above, reached = _search(
+                t_row, lead, end_t, scale, reference, z, slots, target, low, high, known,
+                INCLUSIVE, True, dtype, BLOCK,
+            )  # fmt: skip
+        else:
+            low = key_of(tl.maximum(top - DEPTH / scale, LOWEST), dtype) - 1
+            crossing, above, reached = _search(
+                t_row, lead, end_t, scale, reference, z, slots, target, low, high, z,
+                INCLUSIVE, False, dtype, BLOCK,
+            )  # fmt: skip
+    each = _mass(crossing, scale, reference)
     ties = tl.floor((reached - above) / each + 0.5)
     share = (target - above) / each
     if INCLUSIVE:
@@ -104,56 +129,76 @@ def head_boundary(
         if k > ties - 0.5:
             cut = end_t
         elif k > 0.5:
-            cut = _cut_behind(t_row, lead, end_t, crossing, k, BLOCK)
+            cut = _cut_behind(t_row, lead, end_t, crossing, k, ties, BLOCK)
     return crossing, above / z, k, each / z, cut
+
+
+@triton.jit
+def _mass(x, scale, reference):
+    """Of a logit, in units of Z."""
+    return tl.exp2(scaled(x, scale, reference))
 
 
 @triton.jit
 def _estimate(slots, scale, reference, target, top, BLOCK: tl.constexpr):
     """Logit at which the slot maxima say that the mass reaches `target`, and the share f of slots
-    above it: f near 1 means that they hide most tokens and the estimate is poor."""
-    slot_mass = tl.exp2(slots * scale - reference)
-    high = top  # the mass above `high`, estimated, and the slots that hold it
+    above it: f near 1 means that they hide most tokens and the estimate is poor.
+
+    Bins of a factor of 2^STRIDE go down from the top; the one in which it is reached is halved."""
+    slot_mass = _mass(slots, scale, reference)
+    high = top  # above it the estimated mass falls short of the target
     mass_above = 0.0
     slots_above = 0.0
-    step = ESTIMATE_DEPTH / (scale * BINS)
-    for _ in range(ROUNDS):
-        bins = tl.arange(0, BINS)
-        bin_high = high - step * bins
-        inside = (slots[:, None] > (bin_high - step)[None, :]) & (
-            slots[:, None] <= bin_high[None, :]
-        )
-        held = tl.sum(inside.to(tl.float32), axis=0)
-        total = tl.sum(tl.where(inside, slot_mass[:, None], 0.0), axis=0)
-        count = tl.minimum(slots_above + tl.cumsum(held, axis=0), BLOCK - 0.5)
-        tokens = BLOCK * tl.log((BLOCK - count + held) / (BLOCK - count))
-        mass = mass_above + tl.cumsum(total * tl.where(held > 0.0, tokens / held, 1.0), axis=0)
-        short = mass < target
-        high -= step * tl.sum(short.to(tl.float32), axis=0)
-        mass_above = tl.max(tl.where(short, mass, mass_above), axis=0)
-        slots_above = tl.max(tl.where(short, count, slots_above), axis=0)
-        step /= BINS
-    return high, slots_above / BLOCK
+    step = STRIDE / scale
+    finest = FINEST / scale
+    halving = 0
+    while (step > finest) & (high > top - DEPTH / scale):
+        inside = (slots > high - step) & (slots <= high)
+        held = tl.maximum(tl.sum(inside.to(tl.float32), axis=0), 0.5)
+        count = tl.minimum(slots_above + held, BLOCK - 0.5)
+        # Of the tokens in the bin, for each that is seen: on average, and at the bin's upper end.
+        tokens = BLOCK * tl.log((BLOCK - slots_above) / (BLOCK - count)) / held
+        heaviest = BLOCK / (BLOCK - slots_above)
+        seen = tl.sum(tl.where(inside, slot_mass, 0.0), axis=0)
+        mass = mass_above + seen * 0.5 * (tokens + heaviest)
+        if (mass < target) & (count < BLOCK - 1):  # behind the last slot nothing is known
+            high -= step
+            mass_above = mass
+            slots_above = count
+        else:
+            halving = 1
+        if halving == 1:
+            step *= 0.5
+    return tl.max(tl.where(slots <= high, slots, float("-inf")), axis=0), slots_above / BLOCK
 
 
 @triton.jit
-def _pivot_key(i, first, step, low, high, dtype: tl.constexpr):
-    """Key of the i-th pivot, `step` keys apart from `first` down.
+def _pivots_around(x, distance, dtype: tl.constexpr):
+    """Keys at about x - 5 d, x - d, x + d, x + 5 d, and no two of them the same; d may be 0."""
+    key = key_of(x, dtype)
+    return (
+        tl.minimum(key_of(x - 5 * distance, dtype), key - 1),
+        tl.minimum(key_of(x - distance, dtype), key),
+        tl.maximum(key_of(x + distance, dtype), key + 1),
+        tl.maximum(key_of(x + 5 * distance, dtype), key + 2),
+    )
 
-    Step 0 cuts the bracket in equal parts by value: around 0 it holds most keys and few logits."""
-    if step > 0:
-        key = first - i * step
-    else:
-        high_value = value_of(high, dtype)
-        part = (i + 1) / (PIVOTS + 1)
-        key = key_of(high_value - (high_value - value_of(low, dtype)) * part, dtype)
-    return tl.minimum(tl.maximum(key, low + 1), high - 1)
+
+@triton.jit
+def _interpolated(low_value, high_value, mass_low, mass_high, target, scale, reference):
+    """Where a straight line between the bracket's ends reaches `target`, and the expected error."""
+    width = high_value - low_value
+    share = (mass_low - target) / (mass_low - mass_high)
+    x = low_value + width * share
+    tokens = (mass_low - mass_high) / _mass(x, scale, reference)
+    noise = tl.sqrt(tl.maximum(share * (1.0 - share), 0.02) / tl.maximum(tokens, 1.0))
+    return x, width * (CURVATURE + 0.15 * noise)
 
 
 @triton.jit
 def _add_masses(t, mass, pivots, below, above, low_value, high_value, scale, reference, dtype):
     """Add a block of logits to the masses at the pivots, and to the logits nearest the bracket."""
-    p = tl.exp2(t * scale - reference)
+    p = _mass(t, scale, reference)
     new = ()
     for i in tl.static_range(PIVOTS):
         new = new + (mass[i] + tl.where(t >= pivots[i], p, 0.0),)
@@ -165,47 +210,61 @@ def _add_masses(t, mass, pivots, below, above, low_value, high_value, scale, ref
 
 @triton.jit
 def _search(
-    t_row, lead, end_t, scale, reference, z, slots, top, target,
-    INCLUSIVE: tl.constexpr, dtype: tl.constexpr, BLOCK: tl.constexpr,
+    t_row, lead, end_t, scale, reference, z, slots, target,
+    low, high, mass_low,  # the bracket's keys: mass(low) crosses, mass(high) = 0 does not
+    INCLUSIVE: tl.constexpr,
+    SLOTS: tl.constexpr,  # sum over the slot maxima, not over the row
+    dtype: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """(crossing logit, mass above it, mass at or above it), in units of Z.
-
-    Invariant: mass(low) crosses, mass(high) does not; done when high is the key behind low."""
+    """(crossing logit, mass above it, mass at or above it), in units of Z."""
     columns = tl.arange(0, BLOCK)
-    high = key_of(top, dtype) + 1
     mass_high = 0.0
-    low = key_of(tl.maximum(top - DEPTH / scale, LOWEST), dtype) - 1
-    mass_low = z
-    guess, hidden = _estimate(slots, scale, reference, target, top, BLOCK)
-    # One key of a 16-bit dtype, or 2^13 of fp32; wider where the slots hide much.
-    unit: tl.constexpr = 8192 if dtype == tl.float32 else 1
-    step = tl.where(hidden > 0.8, 3 * unit, unit)
-    first = key_of(guess, dtype) + step
+    equal_parts = SLOTS
+    reach = 0.0  # of the last pivots, while these have not bracketed the crossing
+    x = value_of(high, dtype)
+    if not SLOTS:
+        x, saturation = _estimate(slots, scale, reference, target, tl.max(slots, axis=0), BLOCK)
+        reach = tl.where(saturation > 0.8, FAR, NEAR) / scale
     last = end_t // BLOCK
     span = high.to(tl.int64) - low.to(tl.int64)
     while span > 1:
-        keys = ()
+        low_value = value_of(low, dtype)
+        high_value = value_of(high, dtype)
+        if equal_parts | (span <= PIVOTS + 1):
+            part = tl.maximum(span // (PIVOTS + 1), 1).to(tl.int32)
+            keys = (low + part, low + 2 * part, low + 3 * part, low + 4 * part)
+        else:
+            distance = reach
+            if reach == 0.0:
+                x, distance = _interpolated(
+                    low_value, high_value, mass_low, mass_high, target, scale, reference
+                )
+            keys = _pivots_around(x, distance, dtype)
         pivots = ()
         mass = ()
+        inside = ()
         for i in tl.static_range(PIVOTS):
-            key = _pivot_key(i, first, step, low, high, dtype)
-            keys = keys + (key,)
+            key = tl.minimum(tl.maximum(keys[i], low + 1), high - 1)
+            inside = inside + (key,)
             pivots = pivots + (value_of(key, dtype),)
             mass = mass + (tl.zeros((BLOCK,), tl.float32),)
         below = tl.full((BLOCK,), float("-inf"), tl.float32)
         above = tl.full((BLOCK,), float("inf"), tl.float32)
-        high_value = value_of(high, dtype)
-        low_value = value_of(low, dtype)
-        for block in range(1, last):
-            t = load_full(t_row, block, True, BLOCK)
+        if SLOTS:
             mass, below, above = _add_masses(
-                t, mass, pivots, below, above, low_value, high_value, scale, reference, dtype
+                slots, mass, pivots, below, above, low_value, high_value, scale, reference, dtype
             )
-        for start in range(0, end_t, tl.maximum(last, 1) * BLOCK):
-            t = load_edge(t_row, start + columns, lead, end_t)
-            mass, below, above = _add_masses(
-                t, mass, pivots, below, above, low_value, high_value, scale, reference, dtype
-            )
+        else:
+            for block in range(1, last):
+                t = load_full(t_row, block, True, BLOCK)
+                mass, below, above = _add_masses(
+                    t, mass, pivots, below, above, low_value, high_value, scale, reference, dtype
+                )
+            for start in range(0, end_t, tl.maximum(last, 1) * BLOCK):
+                t = load_edge(t_row, start + columns, lead, end_t)
+                mass, below, above = _add_masses(
+                    t, mass, pivots, below, above, low_value, high_value, scale, reference, dtype
+                )
         if dtype == tl.float32:
             # No logit lies between the bracket's ends and these: moving the ends keeps both masses.
             high = key_of(tl.max(below, axis=0), dtype) + 1
@@ -213,53 +272,64 @@ def _search(
         for i in tl.static_range(PIVOTS):
             total = tl.sum(mass[i], axis=0)
             if crosses(total, target, INCLUSIVE):
-                mass_low = tl.where(keys[i] >= low, total, mass_low)
-                low = tl.maximum(low, keys[i])
+                mass_low = tl.where(inside[i] >= low, total, mass_low)
+                low = tl.maximum(low, inside[i])
             else:
-                mass_high = tl.where(keys[i] <= high, total, mass_high)
-                high = tl.minimum(high, keys[i])
-        span = high.to(tl.int64) - low.to(tl.int64)
-        equal = tl.cdiv(span, PIVOTS + 1).to(tl.int32)
-        if (span > PIVOTS + 1) & (mass_low == z):  # still below all pivots: reach further down
-            step = tl.minimum(4 * step, equal)
-            first = high - step
-        elif (span > PIVOTS + 1) & (mass_high == 0.0):  # still above all pivots
-            step = tl.minimum(4 * step, equal)
-            first = low + PIVOTS * step
-        else:  # bracketed: equal parts, by key and by value in turn
-            step = tl.where((step == 0) | (span <= PIVOTS + 1), equal, 0)
-            first = high - step
+                mass_high = tl.where(inside[i] <= high, total, mass_high)
+                high = tl.minimum(high, inside[i])
+        narrowed = high.to(tl.int64) - low.to(tl.int64)
+        if (reach > 0.0) & ((mass_low == z) | (mass_high == 0.0)):  # the estimate was far off
+            reach *= 4.0
+            x = tl.where(
+                mass_low == z, value_of(high, dtype) - 5 * reach, value_of(low, dtype) + 5 * reach
+            )
+        else:
+            reach = 0.0
+            equal_parts = SLOTS | (4 * narrowed > span)  # interpolation is no help: bisect
+        span = narrowed
     return value_of(low, dtype), mass_high, mass_low
 
 
 @triton.jit
-def _cut_behind(t_row, lead, end_t, crossing, k, BLOCK: tl.constexpr):
-    """Offset behind the k-th logit equal to `crossing`; end_t if there are fewer."""
+def _cut_behind(t_row, lead, end_t, crossing, k, ties, BLOCK: tl.constexpr):
+    """Offset that has k of the logits equal to `crossing` before it and the others behind.
+
+    The row is walked from the end that is nearer in ties, CHUNK blocks at a time, until it is seen
+    where they part; a lane notes the blocks of its own ties as bits, with their count above."""
     columns = tl.arange(0, BLOCK)
-    STRIDE: tl.constexpr = 8 * BLOCK
+    CHUNK: tl.constexpr = 4
+    ONE: tl.constexpr = 1 << CHUNK
+    onwards = 2.0 * k <= ties
+    wanted = tl.where(onwards, k, ties - k).to(tl.int32)
+    chunks = tl.cdiv(end_t, CHUNK * BLOCK)
+    last = end_t // BLOCK
+    noted = tl.zeros((BLOCK,), tl.int32)
     seen = 0
-    wanted = k.to(tl.int32)
-    start = 0
     count = 0
-    while (start < end_t) & (seen + count < wanted):
+    start = 0
+    walked = 0
+    while (walked < chunks) & (seen + count < wanted):
         seen += count
-        ties = tl.zeros((BLOCK,), tl.int32)
-        for block in range(start, tl.minimum(start + STRIDE, end_t), BLOCK):
-            t = load_edge(t_row, block + columns, lead, end_t)
-            ties += (t == crossing).to(tl.int32)
-        count = tl.sum(ties, axis=0)
-        start += STRIDE
-    cut = end_t
-    if seen + count >= wanted:
-        start -= STRIDE
-        count = 0
-        while seen + count < wanted:
-            seen += count
-            t = load_edge(t_row, start + columns, lead, end_t)
-            count = tl.sum((t == crossing).to(tl.int32), axis=0)
-            start += BLOCK
-        tie = (load_edge(t_row, start - BLOCK + columns, lead, end_t) == crossing).to(tl.int32)
-        rank = tl.cumsum(tie, axis=0)
-        behind = tl.where((tie == 1) & (rank == wanted - seen), start - BLOCK + columns + 1, 0)
-        cut = tl.max(behind, axis=0)
-    return cut
+        start = tl.where(onwards, walked, chunks - 1 - walked) * CHUNK
+        noted = tl.zeros((BLOCK,), tl.int32)
+        for i in range(CHUNK):
+            block = start + i
+            if (block > 0) & (block < last):
+                t = load_full(t_row, block, True, BLOCK)
+            else:
+                t = load_edge(t_row, block * BLOCK + columns, lead, end_t)
+            noted += tl.where(t == crossing, ONE + (1 << i), 0)
+        count = tl.sum(noted >> CHUNK, axis=0)
+        walked += 1
+    # The first tie behind the cut, from the front of the chunk: which block, and where in it.
+    rank = tl.where(onwards, wanted - seen, count - (wanted - seen))
+    block = 0
+    before = 0
+    here = tl.sum(noted & 1, axis=0)
+    while (block < CHUNK - 1) & (before + here < rank):
+        before += here
+        block += 1
+        here = tl.sum((noted >> block) & 1, axis=0)
+    tie = (noted >> block) & 1
+    inside = (tie == 1) & (before + tl.cumsum(tie, axis=0) <= rank)
+    return (start + block) * BLOCK + tl.max(tl.where(inside, columns + 1, 0), axis=0)

@@ -13,11 +13,12 @@ import os
 import torch
 import triton
 import triton.language as tl
+from triton.runtime import driver
 
 from .divergence import row_divergence
 from .gradient import gradient_coefficients, row_gradient
 from .head import head_boundary
-from .launch_table import CANDIDATES, launch_for
+from .launch_table import CANDIDATES, REGISTERS, launch_for
 from .rows import row_offset, row_pointer
 from .statistics import row_statistics
 
@@ -63,14 +64,15 @@ def forward_kernel(
         s_row = row_pointer(s_ptr, row_offset(row, inner, outer_s, inner_s), lead, S_ALIGNED)
         end_t = lead + V_t
         end_s = lead + V_s
-        reference_t, z_t, reference_s, z_s, slots = row_statistics(
+        reference_t, z_t, reference_s, z_s, slots, hidden = row_statistics(
             t_row, s_row, lead, end_t, end_s, scale, HAS_HEAD, S_ALIGNED, BLOCK
         )
         crossing, mass, k, each, cut = 0.0, float("nan"), float("nan"), 0.0, 0
         if HAS_HEAD:
             crossing, mass, k, each, cut = head_boundary(
-                t_row, lead, end_t, scale, reference_t, z_t, slots, mu, INCLUSIVE, STABLE, BLOCK
-            )
+                t_row, lead, end_t, scale, reference_t, z_t, slots, hidden, mu,
+                INCLUSIVE, STABLE, BLOCK,
+            )  # fmt: skip
         forward_kl, reverse_kl, w, gap, size, kept_p, kept_q, full_end = row_divergence(
             t_row, s_row, lead, end_t, end_s, scale, reference_t, z_t, reference_s, z_s,
             crossing, k, cut, weight, HAS_HEAD, STABLE, FORWARD, REVERSE, STATS, S_ALIGNED, BLOCK,
@@ -112,7 +114,7 @@ def forward_kernel(
             tl.store(state + 4, teacher)
             tl.store(state + 5, lost)
             tl.store(state + 6, full_end.to(tl.float32))
-            tl.store(state + 7, 0.0)
+            tl.store(state + 7, BLOCK)
     else:
         tl.store(loss_ptr + row, 0.0)
         if STATS:
@@ -152,11 +154,16 @@ def backward_kernel(
     if counts:
         g = tl.load(upstream_ptr + row * stride_upstream)
         state = state_ptr + row * STATE_WIDTH
+        # Finite blocks are those of the forward, whose blocks may have been narrower (or wider: then
+        # its block 0, where anything may stand, holds more than one of these).
+        forward_block = tl.load(state + 7).to(tl.int32)
+        full_end = tl.load(state + 6).to(tl.int32) * forward_block // BLOCK
+        full_end = tl.where(forward_block <= BLOCK, tl.maximum(full_end, 1), 1)
         row_gradient(
             row_pointer(ds_ptr, row_offset(row, inner, outer_ds, inner_ds), lead, DS_ALIGNED),
             row_pointer(t_ptr, offset_t, lead, True),
             row_pointer(s_ptr, row_offset(row, inner, outer_s, inner_s), lead, S_ALIGNED),
-            lead, lead + V_t, lead + V_s, scale, tl.load(state + 6).to(tl.int32),
+            lead, lead + V_t, lead + V_s, scale, full_end,
             tl.load(state + 0), tl.load(state + 1), g * tl.load(state + 2),
             g * tl.load(state + 3), g * tl.load(state + 4), g * tl.load(state + 5),
             REVERSE, S_ALIGNED, BLOCK,
@@ -233,6 +240,7 @@ def forward(
             HAS_MASK=counted is not None,
             HAS_GRADIENT=gradient is not None,
             **_addressing(student, teacher, student if gradient is None else gradient),
+            **_registers("adaptive" if weight is None else "fixed weight"),
         )
 
 
@@ -261,6 +269,7 @@ def backward(
             REVERSE=reverse,
             HAS_MASK=counted is not None,
             **_addressing(student, teacher, gradient),
+            **_registers("gradient"),
         )
 
 
@@ -312,6 +321,13 @@ def _lead(logits) -> tuple[int, int, int]:
     base = logits.data_ptr() // logits.element_size()
     outer = logits.stride(0) if logits.shape[0] > 1 else 0
     return base % 8, outer % 8, logits.stride(1) % 8
+
+
+def _registers(kernel: str) -> dict:
+    """The limit on registers, as an option of the launch; only NVIDIA's compiler knows it."""
+    if triton.knobs.runtime.interpret or driver.active.get_current_target().backend != "cuda":
+        return {}
+    return {"maxnreg": REGISTERS[kernel]}
 
 
 def _device_of(tensor):

@@ -18,7 +18,7 @@ SUM_LIMIT = tl.constexpr(2.0**20)
 # Finite logits so negative that scaling makes them -inf are held here, to keep 0 * u finite.
 LOWEST = tl.constexpr(-1.0e37)
 # Full blocks a turn of a loop: the loop's own instructions are shared and more loads are in flight.
-UNROLL = tl.constexpr(2)
+UNROLL = tl.constexpr(4)
 
 
 @triton.jit
@@ -49,17 +49,22 @@ def edge_block(i, full):
 
 
 @triton.jit
+def block_offsets(block, BLOCK: tl.constexpr):
+    """Offsets of a full block, as wide as addresses, so that these advance by a constant."""
+    return block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+
+
+@triton.jit
 def load_full(row_ptr, block, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
     """Logits of a full block, in fp32; ALIGNED is that of `row_pointer`."""
-    start = block * BLOCK
     if ALIGNED and row_ptr.dtype.element_ty == tl.bfloat16:
         # Two a word: a shift or a mask an element, where a conversion takes one and a half.
-        words = row_ptr.to(tl.pointer_type(tl.int32)) + (start // 2 + tl.arange(0, BLOCK // 2))
-        pair = tl.load(words)
+        words = row_ptr.to(tl.pointer_type(tl.int32))
+        pair = tl.load((words + tl.arange(0, BLOCK // 2)) + block.to(tl.int64) * (BLOCK // 2))
         low = (pair << 16).to(tl.float32, bitcast=True)
         high = (pair & -65536).to(tl.float32, bitcast=True)
         return tl.interleave(low, high)
-    return tl.load(row_ptr + start + tl.arange(0, BLOCK)).to(tl.float32)
+    return tl.load(row_ptr + block_offsets(block, BLOCK)).to(tl.float32)
 
 
 @triton.jit
@@ -67,6 +72,12 @@ def load_edge(row_ptr, offsets, lead, end):
     """Logits of an edge block, in fp32, -inf outside the row."""
     inside = (offsets >= lead) & (offsets < end)
     return tl.load(row_ptr + offsets, mask=inside, other=float("-inf")).to(tl.float32)
+
+
+@triton.jit
+def scaled(x, scale, reference):
+    """scale x - reference with one rounding; left to itself, the compiler fuses it or does not."""
+    return tl.fma(x, scale, -reference)
 
 
 @triton.jit

@@ -2,6 +2,7 @@
 
     Z = sum_i 2^(scale x_i - reference)        scale = log2(e) / T, lse = reference + log2 Z
     slots[j] = max of teacher[j], teacher[j + BLOCK], teacher[j + 2 BLOCK], ...
+    hidden = max_j (mass of slot j - mass of slots[j])   no token that is no maximum is heavier
 
 The reference is the first block's maximum, fixed before the sweep, so that no accumulator is ever
 rescaled; a row whose sum outgrows it is summed again from its true maximum.
@@ -10,7 +11,10 @@ rescaled; a row whose sum outgrows it is summed again from its true maximum.
 import triton
 import triton.language as tl
 
-from .rows import SUM_LIMIT, UNROLL, edge_block, full_blocks_end, load_edge, load_full
+from .rows import SUM_LIMIT, UNROLL, edge_block, full_blocks_end, load_edge, load_full, scaled
+
+# A sum of fp32 of some hundred terms, and what may have been lost of it.
+SUM_SLACK = tl.constexpr(1.0 + 2.0**-14)
 
 
 @triton.jit
@@ -25,7 +29,9 @@ def row_statistics(
     S_ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """(reference_t, Z_t, reference_s, Z_s, slots [BLOCK]); Z is NaN for a row that is not valid."""
+    """(reference_t, Z_t, reference_s, Z_s, slots [BLOCK], hidden)
+
+    Z is NaN for a row that is not valid."""
     columns = tl.arange(0, BLOCK)
     full = full_blocks_end(end_t, end_s, BLOCK)
     edges = 1 + tl.maximum(tl.cdiv(tl.maximum(end_t, end_s), BLOCK) - full, 0)
@@ -34,6 +40,7 @@ def row_statistics(
     reference_s = scale * tl.max(load_edge(s_row, columns, lead, end_s), axis=0)
     z_t = 0.0
     z_s = 0.0
+    hidden = 0.0
     slots = tl.full((BLOCK,), float("-inf"), tl.float32)
     sweeps = 2
     while sweeps > 0:
@@ -42,27 +49,30 @@ def row_statistics(
         for block in tl.range(1, full, loop_unroll_factor=UNROLL):
             t = load_full(t_row, block, True, BLOCK)
             s = load_full(s_row, block, S_ALIGNED, BLOCK)
-            sum_t += tl.exp2(t * scale - reference_t)
-            sum_s += tl.exp2(s * scale - reference_s)
+            sum_t += tl.exp2(scaled(t, scale, reference_t))
+            sum_s += tl.exp2(scaled(s, scale, reference_s))
             if SLOTS:
                 slots = tl.maximum(slots, t)
         for edge in range(0, edges):
             offsets = edge_block(edge, full) * BLOCK + columns
             t = load_edge(t_row, offsets, lead, end_t)
             s = load_edge(s_row, offsets, lead, end_s)
-            sum_t += tl.exp2(t * scale - reference_t)
-            sum_s += tl.exp2(s * scale - reference_s)
+            sum_t += tl.exp2(scaled(t, scale, reference_t))
+            sum_s += tl.exp2(scaled(s, scale, reference_s))
             if SLOTS:
                 slots = tl.maximum(slots, t)
         z_t = tl.sum(sum_t, axis=0)
         z_s = tl.sum(sum_s, axis=0)
+        if SLOTS:
+            maxima = tl.exp2(scaled(slots, scale, reference_t))
+            hidden = tl.max(sum_t * SUM_SLACK - maxima, axis=0)
         sweeps -= 1
         if (z_t < SUM_LIMIT) & (z_s < SUM_LIMIT):  # false for NaN
             sweeps = 0
         elif sweeps > 0:
             reference_t = scale * _row_max(t_row, lead, end_t, BLOCK)
             reference_s = scale * _row_max(s_row, lead, end_s, BLOCK)
-    return reference_t, z_t, reference_s, z_s, slots
+    return reference_t, z_t, reference_s, z_s, slots, tl.maximum(hidden, 0.0)
 
 
 @triton.jit
