@@ -1,12 +1,10 @@
 """Adaptive KL distillation (arXiv 2404.02657) as fused Triton kernels: exact, without a sort and
 without a probability tensor. See `adaptive_kl`."""
 
-from importlib.metadata import version
-
 from .functional import DivergenceStats, adaptive_kl, forward_kl, mixed_kl, reverse_kl
 from .modules import AdaptiveKLLoss, ForwardKLLoss, MixedKLLoss, ReverseKLLoss
 
-__version__ = version("akl-triton")
+__version__ = "0.1.0"
 
 __all__ = [
     "AdaptiveKLLoss",

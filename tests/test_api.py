@@ -5,14 +5,13 @@ Both backends; the numbers themselves are compared more finely in test_eager.py 
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
@@ -566,9 +565,17 @@ def test_autocast(backend, device):
 
 
 class Trace:
-    """What a block of code allocates on the CPU and which operators it calls, at any depth."""
+    """What a block of code allocates and which operators it calls, at any depth.
+
+    The single allocations are those of the CPU; of a GPU, PyTorch tells the peak."""
+
+    def __init__(self, device: torch.device | None = None):
+        self._on_gpu = device is not None and device.type == "cuda"
 
     def __enter__(self) -> Trace:
+        if self._on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+            self._before = torch.cuda.memory_allocated()
         self._profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
         self._profile.__enter__()
         return self
@@ -580,12 +587,16 @@ class Trace:
         changes: list[Any] = [event for event in events if event.name() == "[memory]"]
         changes.sort(key=lambda event: event.start_ns())
         self.bytes = [int(event.nbytes()) for event in changes]
+        if self._on_gpu:
+            self._most = torch.cuda.max_memory_allocated() - self._before
 
     def allocations(self, at_least: int) -> list[int]:
         return [size for size in self.bytes if size >= at_least]
 
     def peak(self) -> int:
         """The most bytes that were held at once, beyond those held before."""
+        if self._on_gpu:
+            return self._most
         held = most = 0
         for change in self.bytes:
             held += change
@@ -594,12 +605,8 @@ class Trace:
 
 
 @pytest.fixture
-def many_rows(
-    backend: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
-) -> tuple[int, int, int]:
+def many_rows(backend: str, monkeypatch: pytest.MonkeyPatch) -> tuple[int, int, int]:
     """(N, V, bytes allowed besides): the logits are at least twice of that."""
-    if device.type != "cpu":
-        pytest.skip("the trace is of the CPU's allocator")
     if backend == "triton":
         return 256, V, 100 * 256
     monkeypatch.setattr(eager, "TEMPORARY_BYTES", 2 * 2**20)
@@ -611,20 +618,21 @@ def test_memory_is_the_gradients(backend, device, many_rows):
     rows, vocabulary, besides = many_rows
     student, teacher = pair(device, (rows,), v_s=vocabulary, v_t=vocabulary)
     size = 4 * student.numel()
-    with Trace() as forward:
+    with Trace(device) as forward:
         loss = adaptive_kl(student, teacher, backend=backend)
-    with Trace() as backward:
+    with Trace(device) as backward:
         loss.backward()
     assert forward.peak() <= besides
     assert size <= backward.peak() <= size + besides
-    assert backward.allocations(besides) == [size]
+    if device.type == "cpu":
+        assert backward.allocations(besides) == [size]
 
 
 def test_memory_in_place(backend, device, many_rows):
     rows, vocabulary, besides = many_rows
     student, teacher = pair(device, (rows,), v_s=vocabulary, v_t=vocabulary)
     consumed = student * 1
-    with Trace() as trace:
+    with Trace(device) as trace:
         loss = adaptive_kl(consumed, teacher, inplace=True, backend=backend)
         torch.autograd.grad(loss, consumed)
     assert trace.peak() <= besides
@@ -671,6 +679,19 @@ def test_a_wait_would_be_traced():
     assert {"aten::nonzero", "aten::item"} <= trace.operators
 
 
+@contextlib.contextmanager
+def waits_are_errors(device: torch.device) -> Iterator[None]:
+    """A GPU knows more waits than the operators above; elsewhere there is nothing to wait for."""
+    if device.type != "cuda":
+        yield
+        return
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 @pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("with_labels", [False, True])
 def test_kernels_never_wait_for_the_device(device, backend, with_labels, inplace):
@@ -679,7 +700,7 @@ def test_kernels_never_wait_for_the_device(device, backend, with_labels, inplace
     student, teacher = pair(device)
     labels = labels_of(device, (0, 1)) if with_labels else None
     counts = (None, 4, torch.tensor(4, device=device))
-    with Trace() as trace:
+    with waits_are_errors(device), Trace() as trace:
         for num_items in counts:
             loss = adaptive_kl(
                 student * 1,
@@ -741,52 +762,3 @@ def test_argument_order_is_the_same_everywhere():
         names = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
         assert names == ["student_logits", "teacher_logits", "labels"]
         assert parameters[-1].name == "backend"
-
-
-# ---- what must hold whatever the logits are
-
-integer_logits = st.integers(2, 24).flatmap(
-    lambda v: st.tuples(*[st.lists(st.integers(-6, 6), min_size=v, max_size=v)] * 2)
-)
-
-
-def loss_and_gradient(student: Tensor, teacher: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
-    student = student.detach().requires_grad_()
-    loss = adaptive_kl(student, teacher, backend="torch", **options)
-    return loss.detach(), gradient(loss, student)
-
-
-@settings(max_examples=40, deadline=None)
-@given(integer_logits, st.randoms(use_true_random=False), st.sampled_from([0.3, 0.5, 0.9]))
-def test_average_ties_do_not_depend_on_the_order(rows, random, mu):
-    student, teacher = (torch.tensor([row], dtype=FP32) for row in rows)
-    order = list(range(student.shape[1]))
-    random.shuffle(order)
-    loss, grad = loss_and_gradient(student, teacher, mu=mu, ties="average")
-    permuted_loss, permuted_grad = loss_and_gradient(
-        student[:, order], teacher[:, order], mu=mu, ties="average"
-    )
-    assert_near(permuted_loss, loss)
-    assert_near(permuted_grad, grad[:, order])
-
-
-@settings(max_examples=40, deadline=None)
-@given(integer_logits, st.integers(-1000, 1000), st.integers(-1000, 1000))
-def test_constants_added_to_the_logits_do_not_matter(rows, of_student, of_teacher):
-    """Small integers are exact in fp32, so nothing else changes."""
-    student, teacher = (torch.tensor([row], dtype=FP32) for row in rows)
-    loss, grad = loss_and_gradient(student, teacher)
-    moved_loss, moved_grad = loss_and_gradient(student + of_student, teacher + of_teacher)
-    assert_near(moved_loss, loss)
-    assert_near(moved_grad, grad)
-
-
-@settings(max_examples=40, deadline=None)
-@given(integer_logits, st.sampled_from([0.25, 0.5, 2.0, 8.0]))
-def test_temperature_divides_the_logits(rows, temperature):
-    student, teacher = (torch.tensor([row], dtype=FP32) for row in rows)
-    loss, grad = loss_and_gradient(student, teacher, temperature=temperature)
-    divided_loss, divided_grad = loss_and_gradient(student / temperature, teacher / temperature)
-    assert_near(loss, divided_loss)
-    assert_near(grad, divided_grad / temperature)
-    assert loss >= -1e-6

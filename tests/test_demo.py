@@ -12,10 +12,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from akl_triton.cli import demo, main
 from akl_triton.reference import reference_adaptive_kl
 
 transformers = pytest.importorskip("transformers")
+pytest.importorskip("rich")
+pytest.importorskip("matplotlib")
+
+from akl_triton.cli import demo, main  # noqa: E402
 
 VOCABULARY = 128
 
