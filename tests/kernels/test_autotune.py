@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from akl_triton import adaptive_kl
 from akl_triton.kernels.launch_table import CANDIDATES, Launch, launch_for
@@ -17,12 +18,18 @@ from tests.kernels.conftest import INTERPRETER
 pytestmark = pytest.mark.skipif(INTERPRETER, reason="the interpreter tunes nothing")
 
 V = 700
-# Two that the table would not choose: few, as every one of them is compiled.
-TRIED = (Launch(256, 1), Launch(512, 2))
+# Few, as every one of them is compiled; with blocks of either width a row has full ones.
+TRIED = (Launch(128, 1), Launch(128, 2), Launch(256, 2))
+# name: (in place, which are tried for the forward, for the backward)
+CHOICES = {
+    "timed": (True, slice(0, 2), slice(0, 1)),
+    "wider in the backward": (False, slice(0, 1), slice(2, 3)),
+    "wider in the forward": (False, slice(2, 3), slice(0, 1)),
+}
 
 # The variable is read when the kernels are imported: a process of its own.
 SCRIPT = """
-import contextlib, sys
+import contextlib
 import torch
 from akl_triton import adaptive_kl
 from akl_triton.kernels import launch_table
@@ -34,53 +41,81 @@ from akl_triton.kernels import pipeline
 
 on_gpu = torch.cuda.is_available()
 student, teacher = (x.cuda() if on_gpu else x for x in torch.load("logits.pt"))
+student.requires_grad_()
+kernels = pipeline._forward, pipeline._backward
+candidates = pipeline._forward.configs
+
+
+def run(inplace, *choices):
+    for kernel, choice in zip(kernels, choices):
+        kernel.configs = candidates[choice]
+    logits = student * 1
+    loss = adaptive_kl(logits, teacher, reduction="none", inplace=inplace, backend="triton")
+    (gradient,) = torch.autograd.grad(loss.sum(), logits)
+    return loss.detach().cpu(), gradient.cpu(), [len(kernel.cache) for kernel in kernels]
+
+
+def outcome(choices):
+    try:
+        return run(*choices)
+    except ptxcpu.PtxError as error:
+        return str(error)
+
+
 with contextlib.nullcontext() if on_gpu else ptxcpu.active(arch=90):
-    student.requires_grad_()
-    loss = adaptive_kl(student, teacher, reduction="none", backend="triton")
-    (gradient,) = torch.autograd.grad(loss.sum(), student)
-    consumed = student * 1
-    loss_in_place = adaptive_kl(
-        consumed, teacher, reduction="none", inplace=True, backend="triton"
-    )
-    (gradient_in_place,) = torch.autograd.grad(loss_in_place.sum(), consumed)
-results = loss.detach(), gradient, loss_in_place.detach(), gradient_in_place
-chosen = [
-    [config.kwargs["BLOCK"] for config in kernel.cache.values()]
-    for kernel in (pipeline._forward, pipeline._backward)
-]
-torch.save(([x.cpu() for x in results], chosen), "results.pt")
+    torch.save({{name: outcome(choices) for name, choices in {choices}.items()}}, "outcomes.pt")
 """
 
 
-def test_results_are_those_of_the_table(device: torch.device, tmp_path: Path) -> None:
-    """Out of place, and in place, where every candidate that is timed overwrites the logits."""
+@pytest.fixture(scope="module")
+def logits() -> tuple[Tensor, Tensor]:
+    """(student, teacher): -inf in the first block of either width, of the wider alone, nowhere."""
     generator = torch.Generator().manual_seed(0)
     student, teacher = 3 * torch.randn(2, 3, V, generator=generator)
-    torch.save((student, teacher), tmp_path / "logits.pt")
+    student[0, 5] = teacher[0, 20] = -torch.inf
+    student[1, 150] = teacher[1, 150] = -torch.inf
+    return student, teacher
+
+
+@pytest.fixture(scope="module")
+def outcomes(logits: tuple[Tensor, Tensor], tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = tmp_path_factory.mktemp("autotune")
+    torch.save(logits, folder / "logits.pt")
     subprocess.run(
-        [sys.executable, "-c", SCRIPT.format(tried=TRIED)],
-        cwd=tmp_path,
+        [sys.executable, "-c", SCRIPT.format(tried=TRIED, choices=CHOICES)],
+        cwd=folder,
         env={**os.environ, "AKL_AUTOTUNE": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
         check=True,
     )
-    results, chosen = torch.load(tmp_path / "results.pt")
+    return torch.load(folder / "outcomes.pt")
 
-    blocks = {launch.BLOCK for launch in TRIED}
-    assert launch_for(V).BLOCK not in blocks
-    for of_kernel in chosen:
-        assert of_kernel and set(of_kernel) <= blocks
-    student, teacher = student.to(device).requires_grad_(), teacher.to(device)
+
+def assert_right(outcome: Any, logits: tuple[Tensor, Tensor], device: torch.device) -> None:
+    """The results are those of the table."""
+    assert not isinstance(outcome, str), outcome
+    student, teacher = (x.to(device) for x in logits)
+    student.requires_grad_()
     loss = adaptive_kl(student, teacher, reduction="none", backend="triton")
     (gradient,) = torch.autograd.grad(loss.sum(), student)
-    for name, result, expected in zip(
-        ("loss", "gradient", "loss in place", "gradient in place"),
-        results,
-        (loss.detach(), gradient) * 2,
-        strict=True,
-    ):
-        torch.testing.assert_close(
-            result, expected.cpu(), rtol=1e-5, atol=1e-6, msg=lambda text, name=name: name + text
-        )
+    for result, expected in zip(outcome[:2], (loss.detach(), gradient), strict=True):
+        torch.testing.assert_close(result, expected.cpu(), rtol=1e-5, atol=1e-6)
+
+
+def test_logits_survive_the_timing(
+    outcomes: Any, logits: tuple[Tensor, Tensor], device: torch.device
+) -> None:
+    """In place, every candidate that is timed overwrites them."""
+    assert_right(outcomes["timed"], logits, device)
+    assert outcomes["timed"][2] == [1, 0]  # with one candidate there is nothing to time
+
+
+@pytest.mark.xfail(strict=True, reason="the backward takes full_end for a count of its own blocks")
+@pytest.mark.parametrize("wider", ["backward", "forward"])
+def test_blocks_of_forward_and_backward_may_differ(
+    wider: str, outcomes: Any, logits: tuple[Tensor, Tensor], device: torch.device
+) -> None:
+    """Each is tuned by itself."""
+    assert_right(outcomes[f"wider in the {wider}"], logits, device)
 
 
 def test_candidates_are_launches_of_their_own() -> None:
