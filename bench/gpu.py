@@ -198,6 +198,10 @@ class Clock(Protocol):
     def milliseconds(self) -> list[float]: ...
 
 
+def _event() -> torch.cuda.Event:
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+
+
 class CudaClock:
     """Times on the GPU, by events, behind a kernel that waits until the host has enqueued all."""
 
@@ -206,8 +210,8 @@ class CudaClock:
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
     def time(self, call: Callable[[], Any]) -> None:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda._sleep(self._cycles)
+        start, end = _event(), _event()
+        torch.cuda._sleep(self._cycles)  # type: ignore[no-untyped-call]
         start.record()
         call()
         end.record()
@@ -574,7 +578,9 @@ class Report:
             [
                 (f"{r.name} ({r.package}), {r.phase}", r.rows, r.peak_mib)
                 for r in measured
-                if r.vocabulary == first.vocabulary and r.phase in ("both", "inplace")
+                if r.vocabulary == first.vocabulary
+                and r.phase in ("both", "inplace")
+                and r.temperature == 1.0
             ],
             f"peak memory beyond inputs, V = {first.vocabulary:,}, MiB",
             "rows",

@@ -49,7 +49,8 @@ pytest=("$python" -m pytest -p no:cacheprovider --durations=5)
 # The tests wait for the oracle on the CPU most of the time, and the compiler uses the CPU alone: all
 # at once. Nothing else runs beside the times.
 if [[ $tiny ]]; then
-    step tests 60 "${pytest[@]}" tests/kernels/test_stages.py tests/test_bad_input.py
+    step tests 60 "${pytest[@]}" tests/kernels/test_addressing.py tests/test_bad_input.py \
+        -k "rescale or error"
     skip compile "a CPU runs no kernels here"
 else
     step tests-oracle 230 "${pytest[@]}" tests/kernels/test_oracle.py &
