@@ -342,6 +342,8 @@ class Bench:
     def _logits(self, rows: int, vocabulary: int) -> list[tuple[Tensor, Tensor]]:
         if self._shape != (rows, vocabulary):
             self._pairs, self._shape = [], None
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()  # blocks of other sizes would leave too little in one piece
             pairs = copies_for(2 * rows * vocabulary * DTYPE.itemsize, self._cache_bytes)
             if self.device.type == "cpu":
                 pairs = 2
