@@ -343,7 +343,7 @@ class Bench:
         if self._shape != (rows, vocabulary):
             self._pairs, self._shape = [], None
             if self.device.type == "cuda":
-                torch.cuda.empty_cache()  # blocks of other sizes would leave too little in one piece
+                torch.cuda.empty_cache()  # or blocks of other sizes stay in pieces
             pairs = copies_for(2 * rows * vocabulary * DTYPE.itemsize, self._cache_bytes)
             if self.device.type == "cpu":
                 pairs = 2
