@@ -328,10 +328,28 @@ def test_a_step_that_fails_is_recorded_and_the_rest_goes_on(tmp_path: Path) -> N
     assert steps["sanitizer"].startswith("skipped")
 
 
+def test_the_steps_on_a_gpu(tmp_path: Path) -> None:
+    """With a Python that finds everything well, and a sanitizer that does not."""
+    tools, results = tmp_path / "bin", tmp_path / "results"
+    tools.mkdir()
+    sanitizer = tools / "compute-sanitizer"
+    sanitizer.write_text("#!/bin/sh\nexit 86\n")
+    sanitizer.chmod(0o755)
+    script = gpu_sh(results, PYTHON="/bin/true", PATH=f"{tools}:{os.environ['PATH']}")
+    assert script.returncode == 1
+    with (results / "steps.csv").open() as file:
+        steps = {row["step"]: row["exit_code"] for row in csv.DictReader(file)}
+    assert steps.pop("sanitizer") == "86"
+    assert set(steps) == {"tests-oracle", "tests-kernels", "tests-api", "compile", "times"}
+    assert set(steps.values()) == {"0"}
+    sanitizer.write_text("#!/bin/sh\n")
+    assert gpu_sh(results, PYTHON="/bin/true", PATH=f"{tools}:{os.environ['PATH']}").returncode == 0
+
+
 def gpu_sh(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [ROOT / "bench" / "gpu.sh", *arguments],
-        env={"PATH": os.environ["PATH"], **environment},
+        env={"PATH": os.environ["PATH"]} | environment,
         capture_output=True,
         text=True,
     )
