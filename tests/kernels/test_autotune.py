@@ -109,7 +109,6 @@ def test_logits_survive_the_timing(
     assert outcomes["timed"][2] == [1, 0]  # with one candidate there is nothing to time
 
 
-@pytest.mark.xfail(strict=True, reason="the backward takes full_end for a count of its own blocks")
 @pytest.mark.parametrize("wider", ["backward", "forward"])
 def test_blocks_of_forward_and_backward_may_differ(
     wider: str, outcomes: Any, logits: tuple[Tensor, Tensor], device: torch.device
