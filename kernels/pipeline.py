@@ -154,8 +154,8 @@ def backward_kernel(
     if counts:
         g = tl.load(upstream_ptr + row * stride_upstream)
         state = state_ptr + row * STATE_WIDTH
-        # Finite blocks are those of the forward, whose blocks may have been narrower (or wider: then
-        # its block 0, where anything may stand, holds more than one of these).
+        # The forward found its own blocks finite, which may have been narrower; if they were wider,
+        # several of these lie in its block 0, where anything may stand.
         forward_block = tl.load(state + 7).to(tl.int32)
         full_end = tl.load(state + 6).to(tl.int32) * forward_block // BLOCK
         full_end = tl.where(forward_block <= BLOCK, tl.maximum(full_end, 1), 1)
