@@ -220,7 +220,9 @@ def _search(
     columns = tl.arange(0, BLOCK)
     mass_high = 0.0
     equal_parts = SLOTS
-    reach = 0.0  # of the last pivots, while these have not bracketed the crossing
+    reach = 0.0  # of the last pivots, while none or all of these have crossed
+    crossed = 0
+    fell_short = 0
     x = value_of(high, dtype)
     if not SLOTS:
         x, saturation = _estimate(slots, scale, reference, target, tl.max(slots, axis=0), BLOCK)
@@ -274,15 +276,17 @@ def _search(
             if crosses(total, target, INCLUSIVE):
                 mass_low = tl.where(inside[i] >= low, total, mass_low)
                 low = tl.maximum(low, inside[i])
+                crossed = 1
             else:
                 mass_high = tl.where(inside[i] <= high, total, mass_high)
                 high = tl.minimum(high, inside[i])
+                fell_short = 1
         narrowed = high.to(tl.int64) - low.to(tl.int64)
-        if (reach > 0.0) & ((mass_low == z) | (mass_high == 0.0)):  # the estimate was far off
+        if (reach > 0.0) & (crossed + fell_short < 2):  # the estimate was far off
             reach *= 4.0
-            x = tl.where(
-                mass_low == z, value_of(high, dtype) - 5 * reach, value_of(low, dtype) + 5 * reach
-            )
+            x = value_of(low, dtype) + 5 * reach
+            if crossed == 0:
+                x = value_of(high, dtype) - 5 * reach
         else:
             reach = 0.0
             equal_parts = SLOTS | (4 * narrowed > span)  # interpolation is no help: bisect

@@ -18,7 +18,7 @@ from bench import ptxcpu
 from bench.compile import TARGETS, RecordedLaunch, record_launches
 from bench.sass import analyse
 from tests.kernels.conftest import INTERPRETER
-from tests.kernels.rows import make_rows, run
+from tests.kernels.rows import KINDS, make_rows, run
 
 pytestmark = pytest.mark.skipif(INTERPRETER, reason="the interpreter compiles nothing")
 
@@ -157,3 +157,35 @@ def test_other_architectures_compute_the_same(arch: int) -> None:
     for ours, theirs in zip(output[:2], expected[:2], strict=True):
         torch.testing.assert_close(ours, theirs, rtol=2e-6, atol=2e-6)
     torch.testing.assert_close(output.gradient, expected.gradient, rtol=1e-2, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_sweeps_for_the_head_are_few(dtype: torch.dtype) -> None:
+    """No kind of row makes the search crawl; the sweeps are what a head costs in bytes read."""
+    v, bound = 8000, 16
+    student, teacher = make_rows(v, v, dtype, dtype, seed=1)
+
+    def bytes_read(row: int, temperature: float, mu: float, weight: float | None) -> int:
+        counters.reset()
+        pipeline.forward(
+            student[None, row : row + 1],
+            teacher[None, row : row + 1],
+            None,
+            torch.empty(1),
+            torch.empty(1, 8),
+            None,
+            mu=mu,
+            temperature=temperature,
+            inclusive=False,
+            stable=False,
+            weight=weight,
+        )
+        return int(counters["forward_kernel"]["gld_bytes"])
+
+    with ptxcpu.active(arch=90) as counters:
+        for row, kind in enumerate(KINDS):
+            for temperature, mu in ((1.0, 0.5), (4.0, 0.999), (1.0, 0.9), (0.5, 0.01)):
+                fixed = bytes_read(row, temperature, mu, 0.5)
+                read = bytes_read(row, temperature, mu, None) - fixed
+                sweeps = read / (v * teacher.element_size())
+                assert sweeps <= bound, f"{kind}, mu {mu}, T {temperature}: {sweeps:.0f} sweeps"
