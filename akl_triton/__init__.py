@@ -2,7 +2,17 @@
 without a probability tensor. See `adaptive_kl`."""
 
 from .functional import DivergenceStats, adaptive_kl, forward_kl, mixed_kl, reverse_kl
-from .modules import AdaptiveKLLoss, ForwardKLLoss, MixedKLLoss, ReverseKLLoss
+from .linear import linear_adaptive_kl, linear_forward_kl, linear_mixed_kl, linear_reverse_kl
+from .modules import (
+    AdaptiveKLLoss,
+    ForwardKLLoss,
+    LinearAdaptiveKLLoss,
+    LinearForwardKLLoss,
+    LinearMixedKLLoss,
+    LinearReverseKLLoss,
+    MixedKLLoss,
+    ReverseKLLoss,
+)
 
 __version__ = "0.1.0"
 
@@ -10,10 +20,18 @@ __all__ = [
     "AdaptiveKLLoss",
     "DivergenceStats",
     "ForwardKLLoss",
+    "LinearAdaptiveKLLoss",
+    "LinearForwardKLLoss",
+    "LinearMixedKLLoss",
+    "LinearReverseKLLoss",
     "MixedKLLoss",
     "ReverseKLLoss",
     "adaptive_kl",
     "forward_kl",
+    "linear_adaptive_kl",
+    "linear_forward_kl",
+    "linear_mixed_kl",
+    "linear_reverse_kl",
     "mixed_kl",
     "reverse_kl",
 ]

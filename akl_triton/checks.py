@@ -15,6 +15,12 @@ from torch import Tensor
 
 LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LABEL_DTYPES = (torch.int64, torch.int32)
+# What to do instead of passing a part of a tensor.
+LOCAL = "pass .full_tensor(), or .to_local() where it is not sharded over the vocabulary"
+GATHER = (
+    "gather it: call the loss in the forward of the module that fully_shard (or ZeRO-3, after "
+    "register_external_parameter) gathers it for; see linear_adaptive_kl, Sharded parameters"
+)
 
 
 def check_logits(student: Tensor, teacher: Tensor) -> None:
@@ -31,15 +37,95 @@ def check_logits(student: Tensor, teacher: Tensor) -> None:
             f"{list(student.shape[:-1])}, got {_describe(teacher)}"
         )
     check_device("teacher_logits", teacher, student)
+    check_teacher("teacher_logits", teacher)
+
+
+def check_teacher(name: str, teacher: Tensor) -> None:
+    """The teacher gets no gradient."""
     if teacher.requires_grad:
         raise ValueError(
-            "teacher_logits: expected a tensor that does not require grad (the teacher gets no "
-            "gradient: compute it under torch.no_grad() or pass teacher_logits.detach()), "
+            f"{name}: expected a tensor that does not require grad (the teacher gets no "
+            f"gradient: compute it under torch.no_grad() or pass {name}.detach()), "
             f"got {_describe(teacher)} with requires_grad=True"
         )
 
 
-def check_labels(labels: Tensor | None, student: Tensor, shift: int, ignore_index: int) -> None:
+def check_projection(
+    side: str,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    student_hidden: Tensor,
+    autocast: bool,
+) -> None:
+    """hidden @ weight^T + bias of one side can be computed where student_hidden is."""
+    tensors = {f"{side}_hidden": hidden, f"{side}_weight": weight}
+    if bias is not None:
+        tensors[f"{side}_bias"] = bias
+    for name, tensor in tensors.items():
+        check_tensor(name, tensor, GATHER)
+        if tensor.dtype not in LOGIT_DTYPES:
+            raise TypeError(f"{name}: expected {_join(LOGIT_DTYPES)}, got {_describe(tensor)}")
+        if name != f"{side}_hidden" and tensor.numel() == 0:
+            raise ValueError(
+                f"{name}: expected the whole parameter, got {_describe(tensor)}, which is empty; "
+                f"{GATHER}"
+            )
+        if tensor.device.type == "meta":
+            raise ValueError(
+                f"{name}: expected a tensor with data, got {_describe(tensor)} on meta"
+            )
+        check_device(name, tensor, student_hidden, "student_hidden")
+        if side == "teacher":
+            check_teacher(name, tensor)
+    if hidden.dim() == 0 or hidden.shape[-1] == 0:
+        raise ValueError(f"{side}_hidden: expected [..., H] with H >= 1, got {_describe(hidden)}")
+    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
+        raise ValueError(
+            f"{side}_weight: expected [V, {hidden.shape[-1]}], for {side}_hidden "
+            f"{_describe(hidden)}, got {_describe(weight)}"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(
+            f"{side}_bias: expected [{weight.shape[0]}], for {side}_weight {_describe(weight)}, "
+            f"got {_describe(bias)}"
+        )
+    if hidden.shape[:-1] != student_hidden.shape[:-1]:
+        raise ValueError(
+            f"{side}_hidden: expected the leading dimensions of student_hidden, "
+            f"{list(student_hidden.shape[:-1])}, got {_describe(hidden)}"
+        )
+    for name, tensor in tensors.items():
+        if not autocast and tensor.dtype != hidden.dtype:
+            raise TypeError(
+                f"{name}: expected the dtype of {side}_hidden {_describe(hidden)} (or autocast), "
+                f"got {_describe(tensor)}"
+            )
+
+
+def check_chunk_bytes(chunk_bytes: object, bytes_per_row: int) -> None:
+    """At least one row of logits of both sides."""
+    check_integer("chunk_bytes", chunk_bytes)
+    if chunk_bytes < bytes_per_row:  # type: ignore[operator]
+        raise ValueError(
+            f"chunk_bytes: expected at least {bytes_per_row}, the logits of one token on both "
+            f"sides, got {chunk_bytes}"
+        )
+
+
+def check_accum_dtype(dtype: object) -> None:
+    """A dtype that gradients can be summed in."""
+    if dtype not in LOGIT_DTYPES:
+        raise TypeError(f"accum_dtype: expected {_join(LOGIT_DTYPES)}, got {dtype}")
+
+
+def check_labels(
+    labels: Tensor | None,
+    student: Tensor,
+    shift: int,
+    ignore_index: int,
+    of: str = "student_logits",
+) -> None:
     """Labels have the logits' leading shape; a shift needs them, and a sequence that is longer."""
     check_integer("ignore_index", ignore_index)
     check_integer("shift", shift)
@@ -54,10 +140,10 @@ def check_labels(labels: Tensor | None, student: Tensor, shift: int, ignore_inde
         raise TypeError(f"labels: expected {_join(LABEL_DTYPES)}, got {_describe(labels)}")
     if labels.shape != student.shape[:-1]:
         raise ValueError(
-            f"labels: expected shape {list(student.shape[:-1])}, that of student_logits without "
-            f"the vocabulary, got {_describe(labels)}"
+            f"labels: expected shape {list(student.shape[:-1])}, that of {of} without "
+            f"the last dimension, got {_describe(labels)}"
         )
-    check_device("labels", labels, student)
+    check_device("labels", labels, student, of)
     if shift and (labels.dim() == 0 or shift >= labels.shape[-1]):
         raise ValueError(
             f"shift: expected less than the sequence length of labels {_describe(labels)}, "
@@ -65,7 +151,9 @@ def check_labels(labels: Tensor | None, student: Tensor, shift: int, ignore_inde
         )
 
 
-def check_num_items(num_items: int | Tensor | None, reduction: str, student: Tensor) -> None:
+def check_num_items(
+    num_items: int | Tensor | None, reduction: str, student: Tensor, of: str = "student_logits"
+) -> None:
     """A count of tokens that replaces that of this batch in the mean."""
     if num_items is None:
         return
@@ -78,7 +166,7 @@ def check_num_items(num_items: int | Tensor | None, reduction: str, student: Ten
                 f"num_items: expected an int or a 0-d tensor, got {_describe(num_items)}"
             )
         if num_items.device.type != "cpu":
-            check_device("num_items", num_items, student)
+            check_device("num_items", num_items, student, of)
         return
     check_integer("num_items", num_items)
     if num_items <= 0:
@@ -128,6 +216,13 @@ def check_number(
         )
 
 
+def check_logit_map(side: str, softcap: object, logit_scale: object) -> None:
+    """Both > 0: the logits keep their order."""
+    if softcap is not None:
+        check_number(f"{side}_softcap", softcap, above=0.0)
+    check_number(f"{side}_logit_scale", logit_scale, above=0.0)
+
+
 def check_integer(name: str, value: object) -> None:
     """A Python int (a torch.SymInt under torch.compile)."""
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
@@ -140,27 +235,24 @@ def check_flag(name: str, value: object) -> None:
         raise TypeError(f"{name}: expected True or False, got {type(value).__name__}")
 
 
-def check_tensor(name: str, value: object) -> None:
+def check_tensor(name: str, value: object, instead_of_dtensor: str = LOCAL) -> None:
     """A plain strided tensor."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
     distributed = sys.modules.get("torch.distributed.tensor")
     if distributed is not None and isinstance(value, distributed.DTensor):
-        raise TypeError(
-            f"{name}: expected a plain tensor, got a DTensor (not yet supported: pass "
-            ".full_tensor(), or .to_local() where it is not sharded over the vocabulary)"
-        )
+        raise TypeError(f"{name}: expected a plain tensor, got a DTensor; {instead_of_dtensor}")
     if value.layout != torch.strided:
         raise TypeError(
             f"{name}: expected a dense tensor, got {_describe(value)} of {value.layout}"
         )
 
 
-def check_device(name: str, tensor: Tensor, student: Tensor) -> None:
-    """The device of the student logits."""
+def check_device(name: str, tensor: Tensor, student: Tensor, of: str = "student_logits") -> None:
+    """The device of the student."""
     if tensor.device != student.device:
         raise ValueError(
-            f"{name}: expected the device of student_logits, {student.device}, got {tensor.device}"
+            f"{name}: expected the device of {of}, {student.device}, got {tensor.device}"
         )
 
 

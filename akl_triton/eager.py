@@ -14,13 +14,14 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from .rows import STATE_WIDTH, STATS, RowResult
+from .rows import STATE_WIDTH, STATS, LogitMap, RowResult
 
 TEMPORARY_BYTES = 64 * 2**20  # budget for the temporaries of a call; at least one row is taken
 _BYTES_PER_LOGIT = 96  # of temporaries at worst: work spaces, masks, a sort and its fp64 sums
 _CPU_CHUNK = 2**19  # logits in one work space on a CPU: the six of them stay in its cache
 _SAMPLE = 256  # tokens that stand for a row when the head's last logit is guessed
 _LOG2_E = math.log2(math.e)
+IDENTITY = LogitMap()
 
 _Rows: TypeAlias = slice | Tensor  # a run of rows, or the indices of scattered ones
 
@@ -31,15 +32,17 @@ class _Options(NamedTuple):
     head: str
     ties: str
     weight: float | None  # None: the adaptive weight
+    student_map: LogitMap
+    teacher_map: LogitMap
 
 
 class _Chunk(NamedTuple):
     """The exponentials of R rows relative to their maxima; V is the vocabulary both sides share."""
 
-    d: Tensor  # [R, V] (t - max t) - (s - max s)
+    d: Tensor  # [R, V] (t - max t) - (s - max s), of the logits that the maps give
     p: Tensor  # [R, V_t] exp((t - max t) / T)
     q: Tensor  # [R, V_s] exp((s - max s) / T)
-    spare: Tensor  # [3, R, V_t] free for use
+    spare: Tensor  # [3, R, max(V_s, V_t)] free for use
 
 
 class _Slope(NamedTuple):
@@ -73,6 +76,8 @@ def forward(
     head: str,
     ties: str,
     weight: float | None,
+    student_map: LogitMap = IDENTITY,
+    teacher_map: LogitMap = IDENTITY,
 ) -> RowResult:
     """Loss, backward state and statistics of every row that counts; zeros for the others.
 
@@ -82,7 +87,7 @@ def forward(
         fp32, bf16 or fp16, also mixed; computed and returned in fp32.
     With a fixed weight there is no head: head_mass and head_size are then NaN.
     """
-    options = _Options(mu, temperature, head, ties, weight)
+    options = _Options(mu, temperature, head, ties, weight, student_map, teacher_map)
     return _sweep(student, teacher, counted, options)
 
 
@@ -98,9 +103,11 @@ def forward_with_gradient(
     ties: str,
     weight: float | None,
     out: Tensor,
+    student_map: LogitMap = IDENTITY,
+    teacher_map: LogitMap = IDENTITY,
 ) -> RowResult:
     """As `forward`, and upstream [N] * dloss/dstudent into out [N, V_s], which may be student."""
-    options = _Options(mu, temperature, head, ties, weight)
+    options = _Options(mu, temperature, head, ties, weight, student_map, teacher_map)
     return _sweep(student, teacher, counted, options, upstream, out)
 
 
@@ -113,16 +120,19 @@ def backward(
     *,
     temperature: float,
     out: Tensor,
+    student_map: LogitMap = IDENTITY,
+    teacher_map: LogitMap = IDENTITY,
 ) -> None:
     """upstream [N] * dloss/dstudent into out [N, V_s], which may be student."""
     spaces = _work_spaces(student, teacher)
     for rows in _chunks(counted, student, spaces):
         max_t, max_s, *constants, _ = state[rows, :, None].unbind(1)
         slope = _Slope(*constants)
-        chunk = _exponentials(student[rows], teacher[rows], max_t, max_s, temperature, spaces)
+        s, t, maps = student[rows], teacher[rows], (student_map, teacher_map)
+        chunk = _exponentials(s, t, max_t, max_s, temperature, maps, spaces)
         looks_kept = _sync_is_free(student) and not slope.drops.any()
         kept = None if looks_kept else _keep(chunk.d)
-        _write_gradient(chunk, slope, kept, upstream[rows], out, rows)
+        _write_gradient(chunk, slope, kept, upstream[rows], s, student_map, out, rows)
     _clear_uncounted(out, counted)
 
 
@@ -144,7 +154,8 @@ def _sweep(
     for rows in _chunks(counted, student, spaces):
         s, t = student[rows], teacher[rows]
         max_t, max_s = t.amax(-1, keepdim=True).float(), s.amax(-1, keepdim=True).float()
-        chunk = _exponentials(s, t, max_t, max_s, options.temperature, spaces)
+        maps = options.student_map, options.teacher_map
+        chunk = _exponentials(s, t, max_t, max_s, options.temperature, maps, spaces)
         stats, slope, kept = _divergence(chunk, t, max_t, options)
         w = stats.head_weight
         loss = w * stats.forward_kl + (1.0 - w) * stats.reverse_kl
@@ -152,7 +163,7 @@ def _sweep(
         result.state[rows, : 2 + len(slope)] = torch.cat((max_t, max_s, *slope), dim=-1)
         result.stats[rows] = torch.cat(stats, dim=-1)
         if upstream is not None and out is not None:
-            _write_gradient(chunk, slope, kept, upstream[rows], out, rows)
+            _write_gradient(chunk, slope, kept, upstream[rows], s, options.student_map, out, rows)
     for rows_of in result:
         _clear_uncounted(rows_of, counted)
     if out is not None:
@@ -205,19 +216,40 @@ def _exponentials(
     max_t: Tensor,
     max_s: Tensor,
     temperature: float,
+    maps: tuple[LogitMap, LogitMap],
     spaces: Tensor,
 ) -> _Chunk:
     rows, v_t, v_s = teacher.shape[0], teacher.shape[-1], student.shape[-1]
     x, p = spaces[:2, :rows, :v_t]
     q, y = spaces[2:4, :rows, :v_s]
-    torch.sub(teacher, max_t, out=x)
-    torch.sub(student, max_s, out=y)
+    student_map, teacher_map = maps
+    _below_maximum(teacher, max_t, teacher_map, out=x)
+    _below_maximum(student, max_s, student_map, out=y)
     # exp2 is vectorised everywhere, exp only at half its speed.
     torch.mul(x, _LOG2_E / temperature, out=p).exp2_()
     torch.mul(y, _LOG2_E / temperature, out=q).exp2_()
     shared = min(v_t, v_s)
     d = x[:, :shared].sub_(y[:, :shared])
-    return _Chunk(d, p, q, spare=spaces[3:, :rows, :v_t])
+    return _Chunk(d, p, q, spare=spaces[3:, :rows])
+
+
+def _below_maximum(x: Tensor, maximum: Tensor, logit_map: LogitMap, out: Tensor) -> None:
+    """The logits of x [R, V], less that of `maximum` [R, 1], into out [R, V] fp32."""
+    softcap, scale = logit_map
+    if softcap is None:
+        torch.sub(x, maximum, out=out)
+        if scale != 1.0:
+            out.mul_(scale)
+        return
+    out.copy_(x).mul_(scale / softcap).tanh_().mul_(softcap).sub_(_mapped(maximum, logit_map))
+    out.masked_fill_(x == -torch.inf, -torch.inf).masked_fill_(x == torch.inf, torch.nan)
+
+
+def _mapped(x: Tensor, logit_map: LogitMap) -> Tensor:
+    softcap, scale = logit_map
+    if softcap is None:
+        return x if scale == 1.0 else x * scale
+    return torch.where(x.isinf(), x, torch.tanh(x * (scale / softcap)) * softcap)
 
 
 def _keep(d: Tensor) -> Tensor:
@@ -232,7 +264,7 @@ def _divergence(
 ) -> tuple[_RowStats, _Slope, Tensor | None]:
     """Statistics of R rows, what their gradient needs, and which entries of d are kept."""
     d, p, q, spare = chunk
-    distance = spare[0]
+    distance = spare[0, :, : p.shape[-1]]
     shared, temperature = d.shape[-1], options.temperature
     p_shared, q_shared = p[:, :shared], q[:, :shared]
     z_t, z_s = p.sum(-1, keepdim=True), q.sum(-1, keepdim=True)
@@ -272,12 +304,13 @@ def _divergence(
     w, mass, size = (x.masked_fill(gap.isnan(), torch.nan) for x in (w, mass, size))
 
     stats = _RowStats(forward_kl, reverse_kl, w, mass, size, gap / z_t)
-    of_q = 1.0 / (temperature * z_s)
+    rate = options.student_map.scale / temperature
+    of_q = rate / z_s
     slope = _Slope(
         a=(w * p_kept + (1.0 - w) * ((1.0 - q_kept) + c - reverse_kl)) * of_q,
         a_dropped=(w * p_kept - (1.0 - w) * (q_kept + reverse_kl)) * of_q,
         k=(1.0 - w) / temperature * of_q,
-        b=w / (temperature * z_t),
+        b=w * rate / z_t,
         drops=torch.zeros_like(w) if kept is None else 1.0 - kept.amin(-1, keepdim=True),
     )
     return stats, slope, kept
@@ -288,12 +321,20 @@ def _write_gradient(
     slope: _Slope,
     kept: Tensor | None,
     upstream: Tensor,
+    student: Tensor,
+    student_map: LogitMap,
     out: Tensor,
     rows: _Rows,
 ) -> None:
     """out[rows] = upstream * dloss/dstudent. Uses up the chunk."""
     d, p, q = chunk.d, chunk.p[:, : chunk.d.shape[-1]], chunk.q
     shared = d.shape[-1]
+    softcap, scale = student_map
+    if softcap is not None:  # 1 - tanh^2; the scale is in the slope
+        chain = chunk.spare[2, :, : q.shape[-1]]
+        chain.copy_(student).mul_(scale / softcap).tanh_().square_().neg_().add_(1.0)
+        q.mul_(chain)
+        p.mul_(chain[:, :shared])
     a, a_dropped, k, b, _ = (x * upstream.float()[:, None] for x in slope)
     d.mul_(-k)
     if kept is None:
@@ -315,24 +356,27 @@ def _head(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gap (in units of 1/z_t), mass and size of the head, each [R, 1] fp32.
 
-    chunk.spare[0] holds |p - q|, [R, V_t] in the same units; the rest of it is written over.
+    chunk.spare[0] holds |p - q| of the teacher's vocabulary, in the same units; the rest of it is
+    written over.
     With v the logit at which the cumulative mass crosses mu, the head is every token above v and k
     of the n tokens equal to v.
     """
     # Metal has no fp64; its fp32 sums blur the boundary by a few more roundings.
     wide = torch.float32 if teacher.device.type == "mps" else torch.float64
     target = options.mu * z_t.to(wide)
-    distance, spare = chunk.spare[0], chunk.spare[1:]
+    spare = chunk.spare[:, :, : chunk.p.shape[-1]]
+    distance = spare[0]
     none = torch.zeros_like(target)
     window = _Window(teacher, chunk.p, distance, count_above=none, mass_above=none, gap_above=none)
     while _sync_is_free(teacher) and (width := window.logits.shape[-1]) >= 4 * _SAMPLE:
-        window = _narrow(window, target, spare[:, :, :width])
+        window = _narrow(window, target, spare[1:, :, :width])
         if window.logits.shape[-1] > width // 2:
             break  # mostly one large group of ties
     logits = window.logits.float()
 
     ranked = logits.sort(dim=-1, descending=True).values
-    masses = ((ranked.to(wide) - max_t) / options.temperature).exp_()
+    below = _mapped(ranked.to(wide), options.teacher_map) - _mapped(max_t, options.teacher_map)
+    masses = (below / options.temperature).exp_()
     cumulative = window.mass_above + masses.cumsum(-1)
     last = (ranked > -torch.inf).sum(-1, keepdim=True) - 1
     crossing = (cumulative <= target).sum(-1, keepdim=True).minimum(last).clamp(min=0)

@@ -18,6 +18,8 @@ HEADS = ("exclusive", "inclusive")
 TIES = ("stable", "average")
 REDUCTIONS = ("none", "sum", "mean")
 BACKENDS = ("auto", "triton", "torch")
+# What the options of the head are where there is none: they mean nothing.
+WITHOUT_HEAD: tuple[float, Head, Ties] = (0.5, "exclusive", "stable")
 
 
 class DivergenceStats(NamedTuple):
@@ -45,6 +47,10 @@ def adaptive_kl(
     *,
     mu: float = 0.5,
     temperature: float = 1.0,
+    student_softcap: float | None = None,
+    teacher_softcap: float | None = None,
+    student_logit_scale: float = 1.0,
+    teacher_logit_scale: float = 1.0,
     head: Head = "exclusive",
     ties: Ties = "stable",
     ignore_index: int = -100,
@@ -70,8 +76,11 @@ def adaptive_kl(
         vocabulary, sorted by teacher logit, whose mass is <= mu, and always the first token;
         ``"inclusive"``: the shortest prefix whose mass is >= mu. Equal logits at the boundary:
         ``ties="stable"`` takes the lowest indices first, ``"average"`` gives each of the n of which
-        k fit the weight k / n. A token that is -inf on either side adds nothing to the KL sums; a
-        row that holds NaN or +inf, or nothing finite, is NaN.
+        k fit the weight k / n. Either side's logits are ``softcap tanh(logit_scale x / softcap)``
+        of what is passed, x (without a softcap: ``logit_scale x``), which keeps the order of x: the
+        head is that of the teacher's x. The gradient is with respect to x. A token that is -inf on
+        either side adds nothing to the KL sums; a row that holds NaN or +inf, or nothing finite, is
+        NaN.
 
     Args:
         student_logits: ``[..., V_s]``.
@@ -81,6 +90,10 @@ def adaptive_kl(
             exactly 0 loss and gradient whatever their logits hold.
         mu: teacher mass of the head, in (0, 1).
         temperature: T > 0 of both distributions.
+        student_softcap, teacher_softcap: of models that cap their logits (Gemma 2: 30), where
+            what is passed is not capped yet.
+        student_logit_scale, teacher_logit_scale: of models that scale their logits (Cohere's
+            ``logit_scale``, 1 / Granite's ``logits_scaling``), where they are not scaled yet.
         head, ties: the rules above.
         ignore_index: the label of tokens that do not count.
         shift: compare the logits of position i with label i + shift (1: next-token labels as in
@@ -120,15 +133,21 @@ def adaptive_kl(
         >>> round(loss.item(), 4), student.grad.shape
         (0.2876, torch.Size([1, 3]))
     """
-    checks.check_number("mu", mu, above=0.0, below=1.0)
-    checks.check_choice("head", head, HEADS)
-    checks.check_choice("ties", ties, TIES)
     return _divergence(
         student_logits,
         teacher_logits,
         labels,
-        (mu, head, ties, None),
-        temperature=temperature,
+        rule_of(
+            mu,
+            head,
+            ties,
+            None,
+            temperature,
+            student_softcap,
+            teacher_softcap,
+            student_logit_scale,
+            teacher_logit_scale,
+        ),
         ignore_index=ignore_index,
         shift=shift,
         reduction=reduction,
@@ -146,6 +165,10 @@ def forward_kl(
     labels: Tensor | None = None,
     *,
     temperature: float = 1.0,
+    student_softcap: float | None = None,
+    teacher_softcap: float | None = None,
+    student_logit_scale: float = 1.0,
+    teacher_logit_scale: float = 1.0,
     ignore_index: int = -100,
     shift: int = 0,
     reduction: Reduction = "mean",
@@ -176,6 +199,10 @@ def forward_kl(
         labels,
         weight=1.0,
         temperature=temperature,
+        student_softcap=student_softcap,
+        teacher_softcap=teacher_softcap,
+        student_logit_scale=student_logit_scale,
+        teacher_logit_scale=teacher_logit_scale,
         ignore_index=ignore_index,
         shift=shift,
         reduction=reduction,
@@ -193,6 +220,10 @@ def reverse_kl(
     labels: Tensor | None = None,
     *,
     temperature: float = 1.0,
+    student_softcap: float | None = None,
+    teacher_softcap: float | None = None,
+    student_logit_scale: float = 1.0,
+    teacher_logit_scale: float = 1.0,
     ignore_index: int = -100,
     shift: int = 0,
     reduction: Reduction = "mean",
@@ -223,6 +254,10 @@ def reverse_kl(
         labels,
         weight=0.0,
         temperature=temperature,
+        student_softcap=student_softcap,
+        teacher_softcap=teacher_softcap,
+        student_logit_scale=student_logit_scale,
+        teacher_logit_scale=teacher_logit_scale,
         ignore_index=ignore_index,
         shift=shift,
         reduction=reduction,
@@ -241,6 +276,10 @@ def mixed_kl(
     *,
     weight: float = 0.5,
     temperature: float = 1.0,
+    student_softcap: float | None = None,
+    teacher_softcap: float | None = None,
+    student_logit_scale: float = 1.0,
+    teacher_logit_scale: float = 1.0,
     ignore_index: int = -100,
     shift: int = 0,
     reduction: Reduction = "mean",
@@ -268,13 +307,19 @@ def mixed_kl(
         >>> round(mixed_kl(torch.zeros(1, 3), torch.tensor([[2.0, 1.0, 0.0]])).item(), 4)
         0.2876
     """
-    checks.check_number("weight", weight, above=0.0, below=1.0, closed=True)
     return _divergence(
         student_logits,
         teacher_logits,
         labels,
-        (0.5, "exclusive", "stable", float(weight)),  # without a head its options mean nothing
-        temperature=temperature,
+        rule_of(
+            *WITHOUT_HEAD,
+            weight,
+            temperature,
+            student_softcap,
+            teacher_softcap,
+            student_logit_scale,
+            teacher_logit_scale,
+        ),
         ignore_index=ignore_index,
         shift=shift,
         reduction=reduction,
@@ -286,13 +331,45 @@ def mixed_kl(
     )
 
 
+def rule_of(
+    mu: float,
+    head: Head,
+    ties: Ties,
+    weight: float | None,
+    temperature: float,
+    student_softcap: float | None,
+    teacher_softcap: float | None,
+    student_logit_scale: float,
+    teacher_logit_scale: float,
+) -> ops.Rule:
+    """The checked options of a loss."""
+    checks.check_number("mu", mu, above=0.0, below=1.0)
+    checks.check_choice("head", head, HEADS)
+    checks.check_choice("ties", ties, TIES)
+    if weight is not None:
+        checks.check_number("weight", weight, above=0.0, below=1.0, closed=True)
+    checks.check_number("temperature", temperature, above=0.0)
+    checks.check_logit_map("student", student_softcap, student_logit_scale)
+    checks.check_logit_map("teacher", teacher_softcap, teacher_logit_scale)
+    return ops.Rule(
+        float(mu),
+        float(temperature),
+        head,
+        ties,
+        None if weight is None else float(weight),
+        None if student_softcap is None else float(student_softcap),
+        None if teacher_softcap is None else float(teacher_softcap),
+        float(student_logit_scale),
+        float(teacher_logit_scale),
+    )
+
+
 def _divergence(
     student: Tensor,
     teacher: Tensor,
     labels: Tensor | None,
-    rule: tuple[float, Head, Ties, float | None],  # mu, head, ties, weight
+    rule: ops.Rule,
     *,
-    temperature: float,
     ignore_index: int,
     shift: int,
     reduction: Reduction,
@@ -303,7 +380,6 @@ def _divergence(
     backend: Backend,
 ) -> LossOrPair:
     """The common body of the losses."""
-    checks.check_number("temperature", temperature, above=0.0)
     checks.check_choice("reduction", reduction, REDUCTIONS)
     checks.check_choice("backend", backend, BACKENDS)
     for name, flag in (
@@ -320,12 +396,11 @@ def _divergence(
     chosen = ops.resolve_backend(backend, student.device.type)
 
     tokens = student.shape[:-1]
-    counted = None if labels is None else _counted(labels, ignore_index, shift)
-    factor = _row_factor(tokens.numel(), counted, reduction, num_items)
+    counted = None if labels is None else counted_tokens(labels, ignore_index, shift)
+    factor = row_factor(tokens.numel(), counted, reduction, num_items)
     if scale_by_t2:
-        factor = factor * temperature**2
-    mu, head, ties, weight = rule
-    options = (float(mu), float(temperature), head, ties, weight, return_stats, chosen)
+        factor = factor * rule.temperature**2
+    options = (*rule, return_stats, chosen)
     rows_s, rows_t = ops.as_rows(student), ops.as_rows(teacher)
     if rows_s.shape != (*rows_t.shape[:2], rows_s.shape[2]):  # one needed two strides, one did not
         rows_s, rows_t = (x.reshape(*student.shape[:2], x.shape[-1]) for x in (student, teacher))
@@ -345,14 +420,14 @@ def _divergence(
     return loss
 
 
-def _counted(labels: Tensor, ignore_index: int, shift: int) -> Tensor:
+def counted_tokens(labels: Tensor, ignore_index: int, shift: int) -> Tensor:
     """[N] bool: the tokens whose label, `shift` positions on, is not ignored."""
     if shift:
         labels = torch.nn.functional.pad(labels[..., shift:], (0, shift), value=ignore_index)
     return (labels != ignore_index).reshape(-1)
 
 
-def _row_factor(
+def row_factor(
     tokens: int, counted: Tensor | None, reduction: Reduction, num_items: int | Tensor | None
 ) -> float | Tensor:
     """What the reduction multiplies every row's loss with; no host waits for a count."""

@@ -9,19 +9,21 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from . import functional
+from . import functional, linear
 from .functional import LossOrPair
 
 
-class _Loss(torch.nn.Module):
+class _Options(torch.nn.Module):
     """A loss with its options fixed; they are those of `function`, and shown in the repr."""
 
     function: ClassVar[Callable[..., LossOrPair]]
+    of_a_call: ClassVar[tuple[str, ...]]  # keywords that are not options
 
     def __init__(self, **options: Any) -> None:
         super().__init__()
         known = inspect.signature(self.function).parameters.values()
-        names = [p.name for p in known if p.kind is p.KEYWORD_ONLY and p.name != "num_items"]
+        keywords = (p.name for p in known if p.kind is p.KEYWORD_ONLY)
+        names = [name for name in keywords if name not in self.of_a_call]
         unknown = sorted(options.keys() - set(names))
         if unknown:
             raise TypeError(
@@ -29,6 +31,15 @@ class _Loss(torch.nn.Module):
                 f"got {', '.join(unknown)}"
             )
         self.options = options
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+
+
+class _Loss(_Options):
+    """A loss of logits."""
+
+    of_a_call = ("num_items",)
 
     def forward(
         self,
@@ -42,9 +53,6 @@ class _Loss(torch.nn.Module):
         return type(self).function(
             student_logits, teacher_logits, labels, num_items=num_items, **self.options
         )
-
-    def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
 
 
 class AdaptiveKLLoss(_Loss):
@@ -96,3 +104,85 @@ class MixedKLLoss(_Loss):
     """
 
     function = staticmethod(functional.mixed_kl)
+
+
+class _LinearLoss(_Options):
+    """A loss of hidden states and the weights of both heads, which stay with their models."""
+
+    of_a_call = ("student_bias", "teacher_bias", "num_items")
+
+    def forward(
+        self,
+        student_hidden: Tensor,
+        student_weight: Tensor,
+        teacher_hidden: Tensor,
+        teacher_weight: Tensor,
+        labels: Tensor | None = None,
+        *,
+        student_bias: Tensor | None = None,
+        teacher_bias: Tensor | None = None,
+        num_items: int | Tensor | None = None,
+    ) -> LossOrPair:
+        """The loss of hidden [..., H] @ weight [V, H]^T + bias [V], student against teacher."""
+        return type(self).function(
+            student_hidden,
+            student_weight,
+            teacher_hidden,
+            teacher_weight,
+            labels,
+            student_bias=student_bias,
+            teacher_bias=teacher_bias,
+            num_items=num_items,
+            **self.options,
+        )
+
+
+class LinearAdaptiveKLLoss(_LinearLoss):
+    """`linear_adaptive_kl` as a module; the constructor takes its options, the call the tensors.
+
+    Example:
+        >>> import torch
+        >>> from akl_triton import LinearAdaptiveKLLoss
+        >>> loss_function = LinearAdaptiveKLLoss(temperature=2.0, student_softcap=30.0)
+        >>> hidden, weight = torch.randn(2, 4, 8), torch.randn(50, 8)
+        >>> loss_function(hidden, weight, hidden, weight).shape
+        torch.Size([])
+    """
+
+    function = staticmethod(linear.linear_adaptive_kl)
+
+
+class LinearForwardKLLoss(_LinearLoss):
+    """`linear_forward_kl` as a module; the constructor takes its options, the call the tensors.
+
+    Example:
+        >>> from akl_triton import LinearForwardKLLoss
+        >>> LinearForwardKLLoss(chunk_bytes=2**26)
+        LinearForwardKLLoss(chunk_bytes=67108864)
+    """
+
+    function = staticmethod(linear.linear_forward_kl)
+
+
+class LinearReverseKLLoss(_LinearLoss):
+    """`linear_reverse_kl` as a module; the constructor takes its options, the call the tensors.
+
+    Example:
+        >>> from akl_triton import LinearReverseKLLoss
+        >>> LinearReverseKLLoss(shift=1)
+        LinearReverseKLLoss(shift=1)
+    """
+
+    function = staticmethod(linear.linear_reverse_kl)
+
+
+class LinearMixedKLLoss(_LinearLoss):
+    """`linear_mixed_kl` as a module; the constructor takes its options, the call the tensors.
+
+    Example:
+        >>> from akl_triton import LinearMixedKLLoss
+        >>> LinearMixedKLLoss(weight=0.25)
+        LinearMixedKLLoss(weight=0.25)
+    """
+
+    function = staticmethod(linear.linear_mixed_kl)

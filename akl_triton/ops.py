@@ -8,13 +8,13 @@
 Logits are [outer, inner, V] with unit stride in V (`as_rows`), N = outer * inner rows.
 """
 
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 
 from . import eager
-from .rows import STATE_WIDTH, STATS, RowResult
+from .rows import STATE_WIDTH, STATS, LogitMap, RowResult
 
 TRITON, TORCH = "triton", "torch"
 
@@ -64,6 +64,28 @@ def as_rows(logits: Tensor) -> Tensor:
     return logits.reshape(1, -1, vocabulary)
 
 
+class Rule(NamedTuple):
+    """What every loss computes with, in the order of the operators' arguments."""
+
+    mu: float
+    temperature: float
+    head: str
+    ties: str
+    weight: float | None  # of the forward KL; None: adaptive
+    student_softcap: float | None
+    teacher_softcap: float | None
+    student_logit_scale: float
+    teacher_logit_scale: float
+
+    @property
+    def student_map(self) -> LogitMap:
+        return LogitMap(self.student_softcap, self.student_logit_scale)
+
+    @property
+    def teacher_map(self) -> LogitMap:
+        return LogitMap(self.teacher_softcap, self.teacher_logit_scale)
+
+
 @torch.library.custom_op("akl_triton::divergence", mutates_args=())
 def divergence(
     student: Tensor,
@@ -74,18 +96,26 @@ def divergence(
     head: str,
     ties: str,
     weight: float | None,
+    student_softcap: float | None,
+    teacher_softcap: float | None,
+    student_logit_scale: float,
+    teacher_logit_scale: float,
     with_stats: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(loss [N], state [N, 8], stats [N, 6] or [0, 6]) in fp32."""
-    result = _empty_result(student, with_stats)
-    _forward(student, teacher, counted, result, mu, temperature, head, ties, weight, backend)
+    result = empty_result(student, with_stats)
+    rule = Rule(
+        mu, temperature, head, ties, weight,
+        student_softcap, teacher_softcap, student_logit_scale, teacher_logit_scale,
+    )  # fmt: skip
+    forward_rows(student, teacher, counted, result, rule, backend)
     return result
 
 
 @divergence.register_fake
-def _(student, teacher, counted, mu, temperature, head, ties, weight, with_stats, backend):  # type: ignore[no-untyped-def]
-    return _empty_result(student, with_stats)
+def _(student, *inputs):  # type: ignore[no-untyped-def]
+    return empty_result(student, with_stats=inputs[-2])
 
 
 @torch.library.custom_op("akl_triton::divergence_backward", mutates_args=())
@@ -97,6 +127,10 @@ def divergence_backward(
     state: Tensor,
     temperature: float,
     weight: float | None,
+    student_softcap: float | None,
+    teacher_softcap: float | None,
+    student_logit_scale: float,
+    teacher_logit_scale: float,
     backend: str,
 ) -> Tensor:
     """upstream [N] * dloss/dstudent, [outer, inner, V_s] in the student's dtype."""
@@ -115,6 +149,10 @@ def divergence_backward(
             upstream,
             temperature=temperature,
             reverse=weight != 1.0,
+            student_softcap=student_softcap,
+            teacher_softcap=teacher_softcap,
+            student_logit_scale=student_logit_scale,
+            teacher_logit_scale=teacher_logit_scale,
         )
     else:
         for rows, outer in _outer(student):
@@ -126,12 +164,14 @@ def divergence_backward(
                 state[rows],
                 temperature=temperature,
                 out=gradient[outer],
+                student_map=LogitMap(student_softcap, student_logit_scale),
+                teacher_map=LogitMap(teacher_softcap, teacher_logit_scale),
             )
     return gradient
 
 
 @divergence_backward.register_fake
-def _(upstream, student, teacher, counted, state, temperature, weight, backend):  # type: ignore[no-untyped-def]
+def _(upstream, student, *inputs):  # type: ignore[no-untyped-def]
     return torch.empty(student.shape, dtype=student.dtype, device=student.device)
 
 
@@ -146,20 +186,26 @@ def divergence_with_gradient(
     head: str,
     ties: str,
     weight: float | None,
+    student_softcap: float | None,
+    teacher_softcap: float | None,
+    student_logit_scale: float,
+    teacher_logit_scale: float,
     with_stats: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """(loss [N], stats), and upstream [N] * dloss/dstudent written over the student logits."""
-    result = _empty_result(student, with_stats)
-    _forward(
-        student, teacher, counted, result, mu, temperature, head, ties, weight, backend, upstream
-    )
+    result = empty_result(student, with_stats)
+    rule = Rule(
+        mu, temperature, head, ties, weight,
+        student_softcap, teacher_softcap, student_logit_scale, teacher_logit_scale,
+    )  # fmt: skip
+    forward_rows(student, teacher, counted, result, rule, backend, upstream)
     return result.loss, result.stats
 
 
 @divergence_with_gradient.register_fake
 def _(student, *inputs):  # type: ignore[no-untyped-def]
-    loss, _, stats = _empty_result(student, with_stats=inputs[-2])
+    loss, _, stats = empty_result(student, with_stats=inputs[-2])
     return loss, stats
 
 
@@ -182,26 +228,27 @@ def _(rows, factor, backend):  # type: ignore[no-untyped-def]
 
 
 def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    student, teacher, counted, _, temperature, _, _, weight, _, backend = inputs
+    student, teacher, counted, *options, _, backend = inputs
+    rule = Rule(*options)
     _, state, stats = output
     ctx.mark_non_differentiable(state, stats)
     ctx.save_for_backward(student, teacher, counted, state)
-    ctx.options = temperature, weight, backend
+    ctx.options = rule.temperature, *rule[4:], backend
 
 
 def _differentiate(ctx, upstream, _state, _stats):  # type: ignore[no-untyped-def]
     gradient = divergence_backward(upstream, *ctx.saved_tensors, *ctx.options)
-    return gradient, *[None] * 9
+    return gradient, *[None] * (4 + len(Rule._fields))
 
 
-def _refuse(*_: object) -> NoReturn:
+def refuse(*_: object) -> NoReturn:
     raise RuntimeError(
         "akl_triton: the losses cannot be differentiated twice (their gradient has no backward)"
     )
 
 
 divergence.register_autograd(_differentiate, setup_context=_save)
-divergence_backward.register_autograd(_refuse)
+divergence_backward.register_autograd(refuse)
 
 
 class InPlaceDivergence(torch.autograd.Function):
@@ -218,17 +265,17 @@ class InPlaceDivergence(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream, _stats):  # type: ignore[no-untyped-def]
         if torch.is_grad_enabled():  # create_graph=True; the logits are gone
-            _refuse()
+            refuse()
         if ctx.gradient is None:
             raise RuntimeError(
                 "akl_triton: inplace=True leaves one gradient, which an earlier backward has used"
             )
         gradient, ctx.gradient = ctx.gradient, None
         rescale(gradient.view(-1, gradient.shape[-1]), upstream, ctx.backend)
-        return gradient, *[None] * 10
+        return gradient, *[None] * (5 + len(Rule._fields))
 
 
-def _empty_result(student: Tensor, with_stats: bool) -> RowResult:
+def empty_result(student: Tensor, with_stats: bool) -> RowResult:
     n, device = student.shape[0] * student.shape[1], student.device
     return RowResult(
         torch.empty(n, dtype=torch.float32, device=device),
@@ -237,16 +284,12 @@ def _empty_result(student: Tensor, with_stats: bool) -> RowResult:
     )
 
 
-def _forward(
+def forward_rows(
     student: Tensor,
     teacher: Tensor,
     counted: Tensor | None,
     result: RowResult,
-    mu: float,
-    temperature: float,
-    head: str,
-    ties: str,
-    weight: float | None,
+    rule: Rule,
     backend: str,
     upstream: Tensor | None = None,
 ) -> None:
@@ -264,21 +307,23 @@ def _forward(
             loss,
             state if upstream is None else None,
             stats if len(stats) else None,
-            mu=mu,
-            temperature=temperature,
-            inclusive=head == "inclusive",
-            stable=ties == "stable",
-            weight=weight,
+            mu=rule.mu,
+            temperature=rule.temperature,
+            inclusive=rule.head == "inclusive",
+            stable=rule.ties == "stable",
+            weight=rule.weight,
+            student_softcap=rule.student_softcap,
+            teacher_softcap=rule.teacher_softcap,
+            student_logit_scale=rule.student_logit_scale,
+            teacher_logit_scale=rule.teacher_logit_scale,
             gradient=None if upstream is None else student,
             upstream=upstream,
         )
         return
     options: dict[str, Any] = {
-        "mu": mu,
-        "temperature": temperature,
-        "head": head,
-        "ties": ties,
-        "weight": weight,
+        **dict(zip(Rule._fields[:5], rule, strict=False)),
+        "student_map": rule.student_map,
+        "teacher_map": rule.teacher_map,
     }
     for rows, outer in _outer(student):
         inputs = student[outer], teacher[outer], None if counted is None else counted[rows]

@@ -46,6 +46,10 @@ def reference_adaptive_kl(
     head: Head = "exclusive",
     ties: Ties = "stable",
     weight: float | None = None,
+    student_softcap: float | None = None,
+    teacher_softcap: float | None = None,
+    student_logit_scale: float = 1.0,
+    teacher_logit_scale: float = 1.0,
 ) -> ReferenceResult:
     """Adaptive KL per row in float64, with its closed-form gradient.
 
@@ -57,6 +61,9 @@ def reference_adaptive_kl(
         T dloss/ds_j = w (P_K q_j - [j in K] p_j)
                      + (1 - w) q_j ([j in K] (1 - u_j) - reverse_kl - Q_K)
         with P_K = sum_K p and Q_K = sum_K q.
+        Either side's logits are softcap tanh(logit_scale x / softcap) of its input x, or
+        logit_scale x without a softcap, and the gradient is with respect to x; infinities stay.
+        Both are strictly increasing, so the head is ordered by the teacher's x.
     Shape:
         student_logits [N, V_s], teacher_logits [N, V_t]. What the shorter side lacks is -inf there.
     Dtype:
@@ -74,8 +81,10 @@ def reference_adaptive_kl(
         (0.5, [[True, False, False]])
     """
     student, teacher = shared_vocabulary(student_logits.detach(), teacher_logits.detach())
-    log_p = torch.log_softmax(teacher / temperature, dim=-1)
-    log_q = torch.log_softmax(student / temperature, dim=-1)
+    t = mapped_logits(teacher, teacher_softcap, teacher_logit_scale)
+    s = mapped_logits(student, student_softcap, student_logit_scale)
+    log_p = torch.log_softmax(t / temperature, dim=-1)
+    log_q = torch.log_softmax(s / temperature, dim=-1)
     p, q = log_p.exp(), log_q.exp()
 
     kept = (teacher > -torch.inf) & (student > -torch.inf)
@@ -106,6 +115,7 @@ def reference_adaptive_kl(
     of_forward = p_kept * q - p * kept
     of_reverse = q * (kept * (1.0 - u) - reverse_kl[:, None] - q_kept)
     grad = (w[:, None] * of_forward + (1.0 - w[:, None]) * of_reverse) / temperature
+    grad = grad * mapped_slope(student, student_softcap, student_logit_scale)
 
     # A broken side may hide behind an empty K, whose sums are 0; its softmax is NaN in every entry.
     broken = p[:, 0].isnan() | q[:, 0].isnan()
@@ -136,6 +146,20 @@ def shared_vocabulary(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]
         return F.pad(x.double(), (0, vocabulary - x.shape[-1]), value=-torch.inf)
 
     return pad(student), pad(teacher)
+
+
+def mapped_logits(x: Tensor, softcap: float | None, scale: float) -> Tensor:
+    """softcap tanh(scale x / softcap), or scale x; infinities stay."""
+    if softcap is None:
+        return scale * x
+    return torch.where(x.isinf(), x, softcap * torch.tanh(scale * x / softcap))
+
+
+def mapped_slope(x: Tensor, softcap: float | None, scale: float) -> Tensor:
+    """d mapped_logits / dx."""
+    if softcap is None:
+        return torch.full_like(x, scale)
+    return scale / torch.cosh(scale * x / softcap).square()
 
 
 def head_size(p: Tensor, order: Tensor, mu: float, head: Head) -> Tensor:
