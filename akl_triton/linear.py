@@ -35,10 +35,11 @@ from .functional import (
 )
 from .rows import STATS
 
-# Enough tokens a chunk that the fp32 sum of dW, read and written once a chunk, costs little beside
-# the products: 128 MiB are 341 tokens of V = 49,152 on both sides in fp32, 220 of V = 151,936 in
-# bf16. See bench/linear.py.
-CHUNK_BYTES = 256 * 2**20
+# The fp32 sum of dW, 8 V H bytes read and written once a chunk, should cost little beside the
+# products, 8 V H flops a token or more: a chunk wants thousands of tokens where a machine does 200
+# flops in the time of a byte (a GPU), and a hundred where it does 10. See bench/linear.py.
+CHUNK_BYTES = {"cpu": 2**28}
+CHUNK_BYTES_ELSEWHERE = 2**30
 _ROW_TILE = 128  # chunks are multiples of this where they can be: GEMMs come in such tiles
 _BLOCK_BYTES = 16 * 2**20  # temporaries of sums whose dtype is not that of the GEMM
 
@@ -83,7 +84,8 @@ def linear_adaptive_kl(
         teacher_hidden, teacher_weight: ``[..., H_t]``, ``[V_t, H_t]``.
         labels: ``[...]``; what they leave out is left out before the products, and costs nothing.
         student_bias, teacher_bias: ``[V_s]``, ``[V_t]``.
-        chunk_bytes: how much the logits of both sides may take at a time; 256 MiB by default.
+        chunk_bytes: how much the logits of both sides may take at a time; by default 1 GiB, on a
+            CPU 256 MiB.
         accum_dtype: in which the gradients of weight and bias are summed over the chunks.
 
     Memory beyond inputs and gradients: the chunk, and the sum of the weight's gradient, ``V_s H_s``
@@ -341,6 +343,10 @@ def linear_mixed_kl(
     )  # fmt: skip
 
 
+def default_chunk_bytes(device: torch.device) -> int:
+    return CHUNK_BYTES.get(device.type, CHUNK_BYTES_ELSEWHERE)
+
+
 class _Sides(NamedTuple):
     """The six tensors of the products, in the order of the operators' arguments."""
 
@@ -412,7 +418,7 @@ def _linear_divergence(
         student_dtype=autocast or student.dtype,
         teacher_dtype=autocast or teacher.dtype,
         accum_dtype=accum_dtype,
-        chunk_bytes=CHUNK_BYTES if chunk_bytes is None else chunk_bytes,
+        chunk_bytes=default_chunk_bytes(student.device) if chunk_bytes is None else chunk_bytes,
         hidden_gradient=differentiable and student.requires_grad,
         weight_gradient=differentiable and student_weight.requires_grad,
         bias_gradient=differentiable and student_bias is not None and student_bias.requires_grad,
@@ -441,8 +447,11 @@ def _linear_divergence(
 
 def _autocast_dtype(device_type: str) -> torch.dtype | None:
     """In which products are computed here whatever their factors are; None outside autocast."""
-    enabled = torch.is_autocast_enabled(device_type)
-    return torch.get_autocast_dtype(device_type) if enabled else None
+    if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(
+        device_type
+    ):
+        return None
+    return torch.get_autocast_dtype(device_type)
 
 
 # The arguments of both operators: _Sides, which tokens count, ops.Rule, _Plan.
@@ -563,6 +572,7 @@ def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
     sides, counted, rule, plan, per_token, _ = _unpack(inputs)
     _, stats, *gradients = output
     ctx.mark_non_differentiable(stats, *gradients)
+    ctx.set_materialize_grads(False)  # no zeros for what has no upstream gradient
     ctx.late = _late(plan, per_token)
     ctx.options = rule, plan
     ctx.dtypes = [None if x is None else x.dtype for x in sides[:3]]
@@ -586,8 +596,6 @@ def _differentiate(ctx, upstream, *_):  # type: ignore[no-untyped-def]
 
 
 linear_divergence.register_autograd(_differentiate, setup_context=_save)
-linear_divergence_backward.register_autograd(ops.refuse)
-scaled.register_autograd(ops.refuse)
 
 
 def _sweep(

@@ -8,11 +8,19 @@ that was taken.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from akl_triton.reference import Head, Ties, head_members, head_size, shared_vocabulary
+from akl_triton.reference import (
+    Head,
+    Ties,
+    head_members,
+    head_size,
+    mapped_logits,
+    shared_vocabulary,
+)
 
 MU_SLACK = 2e-6
 # Relative error allowed in a sum of fp32 probabilities; the weight's error is this over the gap.
@@ -52,10 +60,16 @@ def acceptable_heads(
     temperature: float = 1.0,
     head: Head = "exclusive",
     ties: Ties = "stable",
+    student_softcap: float | None = None,
+    teacher_softcap: float | None = None,
+    student_logit_scale: float = 1.0,
+    teacher_logit_scale: float = 1.0,
 ) -> AcceptableHeads:
     student, teacher = shared_vocabulary(student, teacher)
-    p = torch.softmax(teacher / temperature, dim=-1)
-    q = torch.softmax(student / temperature, dim=-1)
+    t = mapped_logits(teacher, teacher_softcap, teacher_logit_scale)
+    s = mapped_logits(student, student_softcap, student_logit_scale)
+    p = torch.softmax(t / temperature, dim=-1)
+    q = torch.softmax(s / temperature, dim=-1)
     order = teacher.argsort(dim=-1, descending=True, stable=True)
     return AcceptableHeads(
         p=p,
@@ -80,6 +94,7 @@ def assert_head_matches(
     head: Head = "exclusive",
     ties: Ties = "stable",
     mass_error: float = MASS_ERROR,
+    **maps: Any,
 ) -> None:
     """Every finite row's claimed head is acceptable; its mass and weight are those of that head.
 
@@ -87,7 +102,7 @@ def assert_head_matches(
     all -inf on a side) must claim NaN in all three.
     """
     accepted = acceptable_heads(
-        student, teacher, mu=mu, temperature=temperature, head=head, ties=ties
+        student, teacher, mu=mu, temperature=temperature, head=head, ties=ties, **maps
     )
     size, mass, w = (x.detach().double().cpu() for x in (head_size, head_mass, head_weight))
     gap = accepted.distance.sum(-1)

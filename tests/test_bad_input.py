@@ -121,6 +121,20 @@ CASES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         r"temperature: expected a number, got Tensor",
     ),
     "temperature inf": ({"temperature": float("inf")}, ValueError, r"temperature: .*got inf"),
+    "softcap 0": ({"student_softcap": 0}, ValueError, r"student_softcap: expected .*got 0"),
+    "softcap negative": ({"teacher_softcap": -5.0}, ValueError, r"teacher_softcap: .*got -5"),
+    "softcap inf": ({"teacher_softcap": float("inf")}, ValueError, r"teacher_softcap: .*got inf"),
+    "softcap bool": ({"student_softcap": True}, TypeError, r"student_softcap: .*number, got bool"),
+    "scale 0": (
+        {"student_logit_scale": 0.0},
+        ValueError,
+        r"student_logit_scale: expected a finite number in \(0, inf\), got 0",
+    ),
+    "scale None": (
+        {"teacher_logit_scale": None},
+        TypeError,
+        r"teacher_logit_scale: expected a number, got NoneType",
+    ),
     "head": (
         {"head": "top"},
         ValueError,

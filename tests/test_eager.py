@@ -23,7 +23,7 @@ from akl_triton.reference import (
     reference_adaptive_kl,
     shared_vocabulary,
 )
-from akl_triton.rows import STATS, RowResult
+from akl_triton.rows import STATS, LogitMap, RowResult
 from tests.boundary import acceptable_heads, assert_head_matches
 
 INF = math.inf
@@ -378,6 +378,71 @@ def test_fixed_weight(weight: float) -> None:
     torch.testing.assert_close(stats["gap"].double(), exact.gap, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(stats["head_weight"], torch.full((10,), weight))
     assert stats["head_mass"].isnan().all() and stats["head_size"].isnan().all()
+
+
+MAPS = {  # of the student, of the teacher
+    "softcaps": (LogitMap(3.0), LogitMap(5.0)),
+    "scales": (LogitMap(scale=0.5), LogitMap(scale=2.0)),
+    "softcap of the student": (LogitMap(30.0, 1.5), LogitMap()),
+    "softcap of the teacher": (LogitMap(scale=0.25), LogitMap(4.0, 3.0)),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("maps", MAPS)
+def test_mapped_logits(maps: str, dtype: torch.dtype) -> None:
+    """No further from the oracle than plain fp32 that caps and scales, and infinities stay."""
+    of_student, of_teacher = MAPS[maps]
+    student, teacher = (x.to(dtype) for x in rows_of_every_kind(1500, seed=15))
+    student[2, 7] = teacher[3, 9] = -INF
+    broken_student, broken_teacher = student.clone(), teacher.clone()
+    broken_student[0, 3], broken_teacher[1, 5] = INF, INF
+    w = torch.full((10,), 0.3)
+    options: dict[str, Any] = {"weight": 0.3, "temperature": 1.5}
+    arguments: dict[str, Any] = {"student_map": of_student, "teacher_map": of_teacher}
+    out = student.clone()
+    result = eager.forward_with_gradient(
+        out, teacher, None, torch.ones(10), mu=0.5, head="exclusive", ties="stable", out=out,
+        **options, **arguments,
+    )  # fmt: skip
+    flat: dict[str, Any] = {
+        f"{side}_{name}": value
+        for side, of in (("student", of_student), ("teacher", of_teacher))
+        for name, value in (("softcap", of.softcap), ("logit_scale", of.scale))
+    }
+    exact = reference_adaptive_kl(student, teacher, **options, **flat)
+
+    x = student.float().clone().requires_grad_()
+    s, t = (_mapped(y, of) for y, of in ((x, of_student), (teacher.float(), of_teacher)))
+    forward, reverse, _, of_logits = plain_torch(s.detach(), t, w, 1.5)
+    loss = w * forward + (1 - w) * reverse
+    (plain_grad,) = torch.autograd.grad(s, x, of_logits)
+    scale = (1.0 + exact.loss.abs())[:, None]
+    assert_no_further(result.loss, loss, exact.loss[:, None], scale, "loss")
+    slope = torch.autograd.grad(_mapped(x, of_student).sum(), x)[0].nan_to_num()
+    terms = gradient_terms(s.detach(), t, w, 1.5) * slope
+    assert_no_further(out, plain_grad.nan_to_num().to(dtype), exact.grad, terms, "gradient")
+
+    def head(s: Tensor, t: Tensor) -> RowResult:
+        return eager.forward(s, t, None, weight=None, **DEFAULTS._asdict(), **arguments)
+
+    ours = dict(zip(STATS, head(student, teacher).stats.unbind(-1), strict=True))
+    assert_head_matches(
+        student,
+        teacher,
+        head_size=ours["head_size"],
+        head_mass=ours["head_mass"],
+        head_weight=ours["head_weight"],
+        **flat,
+    )
+    broken = head(broken_student, broken_teacher)
+    assert broken.loss[:2].isnan().all() and broken.loss[2:].isfinite().all()
+
+
+def _mapped(x: Tensor, of: LogitMap) -> Tensor:
+    if of.softcap is None:
+        return x * of.scale
+    return torch.where(x.isinf(), x, of.softcap * torch.tanh(of.scale * x / of.softcap))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

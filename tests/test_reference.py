@@ -202,6 +202,58 @@ def test_closed_form_gradient(case: str, temperature: float) -> None:
     assert (result.grad[:, not_student] == 0.0).all()
 
 
+MAPS = {  # softcap and scale of the student, of the teacher
+    "softcaps": (3.0, 5.0, 1.0, 1.0),
+    "scales": (None, None, 0.5, 2.0),
+    "both": (4.0, 2.0, 3.0, 0.25),
+}
+
+
+@pytest.mark.parametrize("maps", MAPS)
+def test_closed_form_gradient_of_mapped_logits(maps: str) -> None:
+    """The chain's factor, against finite differences; and the maps, against their definition."""
+    names = ("student_softcap", "teacher_softcap", "student_logit_scale", "teacher_logit_scale")
+    options: dict[str, Any] = dict(zip(names, MAPS[maps], strict=True)) | {"temperature": 1.5}
+    student, teacher = random_logits(1, 7, seed=20), forbid(random_logits(1, 7, seed=21), [2])
+    options["weight"] = reference_adaptive_kl(student, teacher, **options).head_weight.item()
+
+    class Mapped(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            result = reference_adaptive_kl(x, teacher, **options)
+            ctx.save_for_backward(result.grad)
+            return result.loss
+
+        @staticmethod
+        def backward(ctx: Any, upstream: Tensor) -> Tensor:
+            (grad,) = ctx.saved_tensors
+            return upstream[:, None] * grad  # type: ignore[no-any-return]
+
+    assert torch.autograd.gradcheck(Mapped.apply, student.clone().requires_grad_())
+
+    def mapped(x: Tensor, softcap: float | None, scale: float) -> Tensor:
+        if softcap is None:
+            return scale * x
+        return (softcap * torch.tanh(scale * x / softcap)).masked_fill(x == -INF, -INF)
+
+    del options["weight"]
+    softcap_s, softcap_t, scale_s, scale_t = MAPS[maps]
+    ours = reference_adaptive_kl(student, teacher, **options)
+    explicit = reference_adaptive_kl(
+        mapped(student, softcap_s, scale_s), mapped(teacher, softcap_t, scale_t), temperature=1.5
+    )
+    for name in set(ours._fields) - {"grad"}:
+        torch.testing.assert_close(getattr(ours, name), getattr(explicit, name), rtol=0, atol=1e-13)
+
+
+def test_a_saturated_softcap_keeps_the_order() -> None:
+    """Logits that the softcap makes equal to the last bit are still ordered as they came."""
+    teacher = torch.tensor([[400.0, 600.0, 500.0]], dtype=torch.float64)
+    result = reference_adaptive_kl(torch.zeros(1, 3), teacher, mu=0.7, teacher_softcap=1.0)
+    assert result.head.tolist() == [[False, True, True]]
+    assert result.head_mass.item() == pytest.approx(2 / 3)
+
+
 def test_forbidden_tokens_by_hand() -> None:
     """They leave both KL sums, but stay in the softmax and in the gap."""
     teacher = torch.tensor([[math.log(0.7), math.log(0.3), -INF]], dtype=torch.float64)
