@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import csv
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -47,16 +48,21 @@ def random_ids(sequences: int) -> Tensor:
     return torch.randint(VOCABULARY, (sequences, 16), generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "dtype, logits", [("float32", False), ("bfloat16", False), ("float32", True)]
+)
 def test_demo_writes_curves_and_picture(
     dtype: str,
+    logits: bool,
     teacher: Any,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(demo, "load_teacher", lambda: (copy.deepcopy(teacher), tokenize))
     arguments = ["--steps", "2", "--device", "cpu", "--dtype", dtype, "--output", str(tmp_path)]
-    assert main(["demo", *arguments]) == 0
+    assert main(["demo", *arguments, *["--logits"] * logits]) == 0
+    assert re.search(r"gradient:\s+\d+\s+MiB\s+from\s+hidden", capsys.readouterr().out)
 
     with (tmp_path / "akl_demo.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -92,6 +98,28 @@ def test_every_loss_teaches(teacher: Any) -> None:
         embedding = students[name].get_input_embeddings().weight
         assert torch.equal(embedding, teacher.get_input_embeddings().weight)
     assert all(torch.equal(p, before[name]) for name, p in teacher.named_parameters())
+
+
+def test_the_fused_path_is_the_other_one_with_less_memory(
+    teacher: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = random_ids(8)
+    monkeypatch.setattr(demo, "CHUNK_BYTES", 2**14)
+    student = demo.shallow_copy(teacher)
+    with torch.no_grad():
+        hidden, of_teacher = (model.model(ids).last_hidden_state for model in (student, teacher))
+    hidden.requires_grad_()
+    for name in demo.LOSSES:
+        losses = [
+            demo.loss_of(name, student, hidden, teacher, of_teacher, ids, way)
+            for way in (False, True)
+        ]
+        torch.testing.assert_close(*losses)
+        torch.testing.assert_close(*(torch.autograd.grad(loss, hidden)[0] for loss in losses))
+    fused, of_logits = (
+        demo.loss_peak(teacher, student, ids, torch.float32, way) for way in (False, True)
+    )
+    assert fused + 4 * ids.numel() * VOCABULARY < of_logits
 
 
 def test_evaluate_is_the_mean_of_the_oracle(teacher: Any) -> None:

@@ -14,14 +14,16 @@ import torch
 import torch.nn.functional as F
 
 import akl_triton
-from akl_triton import functional, modules, reference
+from akl_triton import functional, linear, modules, reference
 from akl_triton.cli import build_parser
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
 
 
-@pytest.mark.parametrize("module", [functional, modules, reference], ids=lambda m: m.__name__)
+@pytest.mark.parametrize(
+    "module", [functional, linear, modules, reference], ids=lambda m: m.__name__
+)
 def test_examples_of_docstrings(module: ModuleType) -> None:
     results = doctest.testmod(module, extraglobs={"torch": torch})
     assert results.attempted > 0
@@ -39,7 +41,7 @@ def test_public_docstrings_have_their_headings(name: str) -> None:
 
 def test_before_and_after_in_the_readme_agree() -> None:
     """The first snippet is the forward KL: so is the second, with forward_kl in its place."""
-    before, after = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    before, after, *_ = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
     def gradient(code: str) -> tuple[float, torch.Tensor]:
         generator = torch.Generator().manual_seed(0)
@@ -63,12 +65,43 @@ def test_before_and_after_in_the_readme_agree() -> None:
     assert gradient(after)[0] != pytest.approx(expected_loss, rel=1e-3)
 
 
+def test_before_and_after_without_the_logits_agree() -> None:
+    *_, before, after = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+
+    def gradients(code: str) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        student, teacher = (
+            torch.nn.ModuleDict({"lm_head": torch.nn.Linear(size, 40, bias=False)})
+            for size in (8, 12)
+        )
+        names: dict[str, Any] = {
+            "torch": torch,
+            "adaptive_kl": akl_triton.adaptive_kl,
+            "student": student,
+            "teacher": teacher,
+            "student_hidden": torch.randn(2, 6, 8, requires_grad=True),
+            "teacher_hidden": torch.randn(2, 6, 12),
+            "labels": torch.arange(12).view(2, 6),
+        }
+        exec(code, names)
+        weight = student.get_parameter("lm_head.weight")
+        return [names["loss"], names["student_hidden"].grad, weight.grad]
+
+    for ours, theirs in zip(gradients(after), gradients(before), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
 def test_the_readme_lists_every_option_with_its_default() -> None:
     _, table = README.split("| option | default |")
     table, _ = table.split("\n\n", 1)
     rows = dict(re.findall(r"^\| `(\w+)` \| `([^`]+)` \|", table, flags=re.MULTILINE))
     options: dict[str, str] = {}
-    for function in (akl_triton.adaptive_kl, akl_triton.mixed_kl):
+    for function in (
+        akl_triton.adaptive_kl,
+        akl_triton.mixed_kl,
+        akl_triton.linear_adaptive_kl,
+        akl_triton.linear_mixed_kl,
+    ):
         for parameter in inspect.signature(function).parameters.values():
             if parameter.kind is parameter.KEYWORD_ONLY:
                 default = parameter.default

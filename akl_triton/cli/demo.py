@@ -26,10 +26,19 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from torch import Tensor, nn
 
-from akl_triton import adaptive_kl, forward_kl, reverse_kl
+from akl_triton import (
+    adaptive_kl,
+    forward_kl,
+    linear_adaptive_kl,
+    linear_forward_kl,
+    linear_reverse_kl,
+    reverse_kl,
+)
+from akl_triton.cli.bench import MIB, peak_memory
 from akl_triton.cli.options import output_folder, resolve_device
 
-LOSSES = {"AKL": adaptive_kl, "FKL": forward_kl, "RKL": reverse_kl}
+LOSSES = {"AKL": linear_adaptive_kl, "FKL": linear_forward_kl, "RKL": linear_reverse_kl}
+LOSSES_OF_LOGITS = {"AKL": adaptive_kl, "FKL": forward_kl, "RKL": reverse_kl}
 COLOURS = {"AKL": "#0072B2", "FKL": "#D55E00", "RKL": "#009E73"}
 
 SEQUENCE = 128  # tokens
@@ -38,6 +47,8 @@ HELD_OUT = 8  # sequences that no student is trained on
 FIRST, LAST = 3, 9  # layers the student keeps: dropping a block from within hurts the least
 LEARNING_RATE = 1e-3
 EVALUATIONS = 6  # on each curve, after the first
+# Of the logits held at a time. The head is frozen: there is no sum of dW to make small chunks dear.
+CHUNK_BYTES = 2**25
 
 Tokenize = Callable[[str], list[int]]
 
@@ -85,11 +96,18 @@ def run(arguments: argparse.Namespace) -> int:
     ) as progress:
         bar = progress.add_task(describe(points), total=arguments.steps)
         batches = draw_batches(train, arguments.steps, arguments.seed)
-        for step in distil(teacher, students, batches, dtype):
+        for step in distil(teacher, students, batches, dtype, arguments.logits):
             if step % every == 0 or step == arguments.steps:
                 points += [evaluate(step, name, students[name], exam, dtype) for name in students]
             progress.update(bar, advance=1, description=describe(points))
 
+    if device.type != "mps":  # whose allocations nothing here records
+        peaks = (loss_peak(teacher, student, train[:BATCH], dtype, way) for way in (False, True))
+        fused, of_logits = (f"{peak / MIB:,.0f} MiB" for peak in peaks)
+        console.print(
+            f"Peak memory of the AKL loss and its gradient: {fused} from hidden states, "
+            f"{of_logits} through all logits"
+        )
     write_csv(points, folder / "akl_demo.csv")
     plot(points, folder / "akl_demo.png")
     console.print(summary(points))
@@ -100,10 +118,11 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def distil(
-    teacher: nn.Module,
-    students: dict[str, nn.Module],
+    teacher: Any,
+    students: dict[str, Any],
     batches: Iterable[Tensor],
     dtype: torch.dtype,
+    through_logits: bool = False,
 ) -> Iterator[int]:
     """Train each student with the loss it is named after; yields the number of steps taken."""
     optimizers = {
@@ -114,16 +133,56 @@ def distil(
     }
     for step, ids in enumerate(batches, start=1):
         with torch.no_grad():
-            teacher_logits = teacher(ids).logits  # [batch, sequence, vocabulary]
+            teacher_hidden = teacher.model(ids).last_hidden_state  # [batch, sequence, H]
         for name, student in students.items():
             with autocast(ids.device, dtype):
-                student_logits = student(ids).logits
-            # In place: the gradient takes the place of the logits, which are not needed again.
-            loss = LOSSES[name](student_logits, teacher_logits, ids, shift=1, inplace=True)
+                hidden = student.model(ids).last_hidden_state
+                loss = loss_of(name, student, hidden, teacher, teacher_hidden, ids, through_logits)
             loss.backward()
             optimizers[name].step()
             optimizers[name].zero_grad()
         yield step
+
+
+def loss_of(
+    name: str,
+    student: Any,
+    hidden: Tensor,
+    teacher: Any,
+    teacher_hidden: Tensor,
+    ids: Tensor,
+    through_logits: bool,
+) -> Any:
+    """The loss called `name` of next-token predictions from the hidden states of both models."""
+    if not through_logits:
+        weights = student.lm_head.weight, teacher.lm_head.weight
+        return LOSSES[name](
+            hidden, weights[0], teacher_hidden, weights[1], ids, shift=1, chunk_bytes=CHUNK_BYTES
+        )
+    # In place: the gradient takes the place of the logits, which are not needed again.
+    student_logits = student.lm_head(hidden)
+    with torch.no_grad():
+        teacher_logits = teacher.lm_head(teacher_hidden)
+    return LOSSES_OF_LOGITS[name](student_logits, teacher_logits, ids, shift=1, inplace=True)
+
+
+def loss_peak(
+    teacher: Any, student: Any, ids: Tensor, dtype: torch.dtype, through_logits: bool
+) -> int:
+    """Most bytes held by the loss and its gradient, from the hidden states of a batch on."""
+    with torch.no_grad(), autocast(ids.device, dtype):
+        hidden, teacher_hidden = (
+            model.model(ids).last_hidden_state for model in (student, teacher)
+        )
+    hidden.requires_grad_()
+
+    def step() -> None:
+        hidden.grad = None
+        with autocast(ids.device, dtype):
+            loss = loss_of("AKL", student, hidden, teacher, teacher_hidden, ids, through_logits)
+        loss.backward()
+
+    return peak_memory(step, ids.device)
 
 
 @torch.no_grad()
