@@ -14,7 +14,7 @@ from akl_triton import AdaptiveKLLoss, adaptive_kl, ops
 from akl_triton.functional import Backend, Reduction
 
 V = 200
-RULE = (0.5, 1.0, "exclusive", "stable")  # mu, temperature, head, ties
+RULE = ops.Rule(0.5, 1.0, "exclusive", "stable", None, None, None, 1.0, 1.0)
 
 
 def make_logits(device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
@@ -32,12 +32,13 @@ def test_opcheck(backend: Backend, device: torch.device, masked: bool) -> None:
     upstream = torch.linspace(-1.0, 1.0, 6, device=device)
     leaf = student.clone().requires_grad_()
     inputs = student, teacher, counted
-    rule = (*RULE, None, masked, backend)  # with statistics where masked
+    rule = (*RULE, masked, backend)  # with statistics where masked
+    of_backward = RULE.temperature, *RULE[4:], backend
     _, state, _ = ops.divergence(*inputs, *rule)
     calls: list[tuple[Any, tuple[Any, ...]]] = [
         (ops.divergence, (*inputs, *rule)),
         (ops.divergence, (leaf, teacher, counted, *rule)),
-        (ops.divergence_backward, (upstream, *inputs, state, 1.0, None, backend)),
+        (ops.divergence_backward, (upstream, *inputs, state, *of_backward)),
         (ops.divergence_with_gradient, (*inputs, upstream[:1].expand(6), *rule)),
         (ops.rescale, (student[0].clone(), upstream[:3], backend)),
     ]
@@ -139,9 +140,9 @@ def test_every_output_is_written(
     student, teacher = make_logits(device)
     counted = torch.arange(6, device=device) != 2
     inputs = student, teacher, counted
-    loss, state, stats = ops.divergence(*inputs, *RULE, None, True, backend)
+    loss, state, stats = ops.divergence(*inputs, *RULE, True, backend)
     gradient = ops.divergence_backward(
-        torch.ones(6, device=device), *inputs, state, 1.0, None, backend
+        torch.ones(6, device=device), *inputs, state, RULE.temperature, *RULE[4:], backend
     )
     for output in (loss, state, stats, gradient):
         assert output.isfinite().all()

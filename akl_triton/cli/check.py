@@ -29,6 +29,7 @@ from akl_triton.reference import (
     Ties,
     head_members,
     head_size,
+    mapped_logits,
     reference_adaptive_kl,
     shared_vocabulary,
 )
@@ -118,6 +119,8 @@ CASES = (
     Case("inclusive head", options={"head": "inclusive"}),
     Case("ties averaged", options={"ties": "average", "temperature": 2.0}),
     Case("both of these", options={"ties": "average", "head": "inclusive"}),
+    Case("softcap of 30", options={"student_softcap": 30.0, "teacher_softcap": 30.0}),
+    Case("logit scales", options={"student_logit_scale": 0.5, "teacher_logit_scale": 2.0}),
     Case("all teacher logits equal", edit=_all_equal),
     Case("one-hot teacher", edit=_one_hot),
     Case("student = teacher", edit=_same),
@@ -246,9 +249,8 @@ def at_the_head_taken(case: Case, student: Tensor, teacher: Tensor, size: Tensor
 
     Loss and gradient are linear in the weight, so those of any weight follow from two.
     """
-    temperature = case.options.get("temperature", 1.0)
     forward, reverse = (
-        reference_adaptive_kl(student, teacher, temperature=temperature, weight=weight)
+        reference_adaptive_kl(student, teacher, **case.options | {"weight": weight})
         for weight in (1.0, 0.0)
     )
     if case.loss == "adaptive_kl":
@@ -272,10 +274,16 @@ def weight_of_head(
     temperature: float = 1.0,
     head: Head = "exclusive",
     ties: Ties = "stable",
+    student_softcap: float | None = None,
+    teacher_softcap: float | None = None,
+    student_logit_scale: float = 1.0,
+    teacher_logit_scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """[N] g_head / gap of the head of `size` tokens, and whether no mu' near mu has that head."""
     student, teacher = shared_vocabulary(student, teacher)
-    p, q = torch.softmax(teacher / temperature, -1), torch.softmax(student / temperature, -1)
+    t = mapped_logits(teacher, teacher_softcap, teacher_logit_scale)
+    s = mapped_logits(student, student_softcap, student_logit_scale)
+    p, q = torch.softmax(t / temperature, -1), torch.softmax(s / temperature, -1)
     order = teacher.argsort(dim=-1, descending=True, stable=True)
     least = head_size(p, order, mu * (1.0 - MU_SLACK), head)
     most = head_size(p, order, mu * (1.0 + MU_SLACK), head)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from akl_triton.kernels import pipeline
-from akl_triton.reference import Head, Ties, reference_adaptive_kl
+from akl_triton.reference import Head, Ties, mapped_logits, reference_adaptive_kl
 from tests.boundary import acceptable_heads, assert_head_matches
 from tests.kernels.conftest import INTERPRETER
 
@@ -82,6 +82,7 @@ def run(
     ties: Ties = "stable",
     weight: float | None = None,
     in_one_launch: bool = False,
+    **maps: Any,
 ) -> Output:
     """Forward and backward of [N, V] logits through the launchers, into outputs full of NaN."""
     n, device = student.shape[0], student.device
@@ -106,6 +107,7 @@ def run(
         weight=weight,
         gradient=written,
         upstream=upstream if in_one_launch else None,
+        **maps,
     )
     if not in_one_launch:
         pipeline.backward(
@@ -117,6 +119,7 @@ def run(
             upstream,
             temperature=temperature,
             reverse=True,
+            **maps,
         )
     return Output(loss, stats, gradient)
 
@@ -132,12 +135,14 @@ def assert_right(
     head: Head = "exclusive",
     ties: Ties = "stable",
     weight: float | None = None,
+    **maps: Any,
 ) -> None:
     """Loss, statistics and gradient against the oracle, by the rule above."""
     loss, stats, gradient = (x.cpu() for x in output)
     student, teacher = student.cpu(), teacher.cpu()
     if weight is None:
         rule: dict[str, Any] = {"mu": mu, "temperature": temperature, "head": head, "ties": ties}
+        rule |= maps
         assert_head_matches(
             student,
             teacher,
@@ -152,11 +157,13 @@ def assert_right(
     else:
         w = torch.full((len(loss),), weight, dtype=torch.float64)
         assert torch.equal(stats[:, 2], w.float())
-    forward = reference_adaptive_kl(student, teacher, temperature=temperature, weight=1.0)
-    reverse = reference_adaptive_kl(student, teacher, temperature=temperature, weight=0.0)
+    forward, reverse = (
+        reference_adaptive_kl(student, teacher, temperature=temperature, weight=fixed, **maps)
+        for fixed in (1.0, 0.0)
+    )
     exact_loss = w * forward.forward_kl + (1 - w) * forward.reverse_kl
     exact_gradient = w[:, None] * forward.grad + (1 - w[:, None]) * reverse.grad
-    torch_loss, torch_gradient, p, q = _in_fp32(student, teacher, temperature, w.float())
+    torch_loss, torch_gradient, p, q = _in_fp32(student, teacher, temperature, w.float(), **maps)
 
     scale = torch.ones(len(loss)) if upstream is None else upstream.cpu()
     exact_gradient = exact_gradient * scale[:, None]
@@ -175,6 +182,7 @@ def assert_right(
         assert (off <= allowed).all(), f"{name}: {_rows(off > allowed)} off by {off.max():.1e}"
     # One rounding to the gradient's dtype, and a few of the two terms that may cancel.
     terms = torch.maximum(p, q).amax(1).double() * (1 + forward.reverse_kl) / temperature
+    terms = terms * maps.get("student_logit_scale", 1.0)
     # (The interpreter truncates to bf16 where hardware rounds.)
     roundings = 1.0 if INTERPRETER else 0.5
     rounding = roundings * torch.finfo(student.dtype).eps * exact_gradient.abs().amax(1)
@@ -207,7 +215,14 @@ def _rows(wrong: Tensor) -> str:
 
 
 def _in_fp32(
-    student: Tensor, teacher: Tensor, temperature: float, w: Tensor
+    student: Tensor,
+    teacher: Tensor,
+    temperature: float,
+    w: Tensor,
+    student_softcap: float | None = None,
+    teacher_softcap: float | None = None,
+    student_logit_scale: float = 1.0,
+    teacher_logit_scale: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The computation in PyTorch: (loss [N], gradient [N, V_s], p, q), all fp32."""
     s = student.detach().float().clone().requires_grad_()
@@ -216,8 +231,11 @@ def _in_fp32(
     def padded(x: Tensor) -> Tensor:
         return torch.nn.functional.pad(x, (0, v - x.shape[1]), value=-torch.inf) / temperature
 
-    log_p = torch.log_softmax(padded(teacher.float()), dim=-1)
-    log_q = torch.log_softmax(padded(s), dim=-1)
+    t = mapped_logits(teacher.float(), teacher_softcap, teacher_logit_scale)
+    log_p = torch.log_softmax(padded(t), dim=-1)
+    log_q = torch.log_softmax(
+        padded(mapped_logits(s, student_softcap, student_logit_scale)), dim=-1
+    )
     kept = log_p.isfinite() & log_q.isfinite()
     p, q = log_p.exp(), log_q.exp()
     u = torch.where(kept, log_p, 0.0) - torch.where(kept, log_q, 0.0)

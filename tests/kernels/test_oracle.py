@@ -81,6 +81,44 @@ def test_fixed_weight(weight: float | None, device: torch.device) -> None:
     assert output.stats[:, 3:5].isnan().all()  # there is no head
 
 
+MAPS: dict[str, dict[str, float]] = {
+    "Gemma": {"student_softcap": 30.0, "teacher_softcap": 30.0},
+    "saturated": {"student_softcap": 2.0, "teacher_softcap": 3.0, "teacher_logit_scale": 4.0},
+    "scales": {"student_logit_scale": 0.75, "teacher_logit_scale": 1.5},
+    "softcap of one side": {"teacher_softcap": 5.0, "student_logit_scale": 0.5},
+}
+
+
+# A softcap takes half a minute to compile: each once, the interpreter tries the others.
+COMPILED_MAPS = {
+    ("Gemma", BF16),
+    ("saturated", BF16),
+    ("scales", BF16),
+    ("softcap of one side", FP32),
+}
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=name_of)
+@pytest.mark.parametrize("maps", MAPS)
+def test_softcap_and_scale(
+    maps: str, dtype: torch.dtype, device: torch.device, small: bool
+) -> None:
+    """Ordered by what is passed, also where the softcap makes it equal; infinities stay."""
+    if not small and (maps, dtype) not in COMPILED_MAPS:
+        pytest.skip("interpreted only")
+    student, teacher = (x.to(device) for x in make_rows(3000, 2900, dtype, dtype, seed=7))
+    student[0, 7] = teacher[1, 2500:2600] = teacher[2, 4] = -torch.inf
+    pairs = list(zip(MU, TEMPERATURE, strict=True))
+    for mu, temperature in pairs[1:2] if small else pairs:
+        options: dict[str, Any] = {"mu": mu, "temperature": temperature, **MAPS[maps]}
+        assert_right(run(student, teacher, **options), student, teacher, **options)
+    student[3, 2000] = teacher[4, 1] = torch.inf
+    broken = run(student, teacher, **options)
+    for output in broken:
+        assert output[3:5].isnan().all()
+    assert broken.loss[:3].isfinite().all() and broken.loss[5:].isfinite().all()
+
+
 @pytest.mark.parametrize("v_s, v_t", [(151936, 152064), (152064, 151936), (5003, 4000), (40, 300)])
 def test_two_vocabularies(v_s: int, v_t: int, device: torch.device, small: bool) -> None:
     student, teacher = (x.to(device) for x in make_rows(v_s, v_t, BF16, BF16, seed=5))
