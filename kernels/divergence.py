@@ -30,7 +30,7 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def normaliser(reference, z):
-    """(lse, correction, factor): log2 p = (scale x - lse) - correction, factor = 2^-correction."""
+    """(lse, correction, factor): log2 p = scaled(x, lse) - correction, factor = 2^-correction."""
     lse, correction = rounded_sum(reference, tl.log2(z))
     return lse, correction, tl.exp2(-correction)
 
@@ -45,7 +45,8 @@ def next_above(x):
 
 @triton.jit
 def row_divergence(
-    t_row, s_row, lead, end_t, end_s, scale,
+    t_row, s_row, lead, end_t, end_s,
+    scale_t, gain_t, scale_s, gain_s,  # of `scaled`
     reference_t, z_t, reference_s, z_s,  # of stage A
     crossing, k, cut,  # of stage R
     weight,  # w where there is no head
@@ -96,8 +97,8 @@ def row_divergence(
             for block in tl.range(begin, end, loop_unroll_factor=UNROLL):
                 t = load_full(t_row, block, True, BLOCK)
                 s = load_full(s_row, block, S_ALIGNED, BLOCK)
-                log_p = scaled(t, scale, lse_t)
-                log_q = scaled(s, scale, lse_s)
+                log_p = scaled(t, scale_t, gain_t, lse_t)
+                log_q = scaled(s, scale_s, gain_s, lse_s)
                 p = tl.exp2(log_p)
                 q = tl.exp2(log_q)
                 u = log_p - log_q
@@ -120,8 +121,8 @@ def row_divergence(
             offsets = block * BLOCK + columns
             t = load_edge(t_row, offsets, lead, end_t)
             s = load_edge(s_row, offsets, lead, end_s)
-            log_p = scaled(t, scale, lse_t)
-            log_q = scaled(s, scale, lse_s)
+            log_p = scaled(t, scale_t, gain_t, lse_t)
+            log_q = scaled(s, scale_s, gain_s, lse_s)
             p = tl.exp2(log_p)
             q = tl.exp2(log_q)
             kept = (t > float("-inf")) & (s > float("-inf"))
@@ -165,7 +166,8 @@ def row_divergence(
             t = load_edge(t_row, offsets, lead, end_t)
             s = load_edge(s_row, offsets, lead, end_s)
             distance = tl.abs(
-                tl.exp2(scaled(t, scale, lse_t)) - ratio * tl.exp2(scaled(s, scale, lse_s))
+                tl.exp2(scaled(t, scale_t, gain_t, lse_t))
+                - ratio * tl.exp2(scaled(s, scale_s, gain_s, lse_s))
             )
             g_head += tl.sum(tl.where((t == crossing) & (offsets < cut), distance, 0.0), axis=0)
         else:

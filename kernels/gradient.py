@@ -3,7 +3,8 @@
     dL/ds_j = (w (kept_p q_j - p_j) + (1 - w) q_j (1 - u_j - reverse_kl - kept_q)) / T
     dL/ds_j = q_j (w kept_p - (1 - w) (reverse_kl + kept_q)) / T        where t_j or s_j is -inf
 
-With everything that is constant in a row folded into five coefficients this is
+both times the derivative of the student's logit: its scale, and the slope of its softcap. With
+everything that is constant in a row folded into five coefficients this is
 
     ds_j = q_j (slope (log2 p_j - log2 q_j) + offset) - teacher p_j     or      q_j lost
 """
@@ -12,28 +13,39 @@ import triton
 import triton.language as tl
 
 from .divergence import LN2, normaliser
-from .rows import LOWEST, UNROLL, block_offsets, edge_block, load_edge, load_full, scaled
+from .rows import (
+    LOWEST,
+    UNROLL,
+    block_offsets,
+    edge_block,
+    load_edge,
+    load_full,
+    scaled,
+    softcap_slope,
+)
 
 
 @triton.jit
 def gradient_coefficients(
-    reference_t, z_t, reference_s, z_s, weight, reverse_kl, kept_p, kept_q, inverse_temperature
+    reference_t, z_t, reference_s, z_s, weight, reverse_kl, kept_p, kept_q, rate
 ):
     """(lse_t, lse_s, slope, offset, teacher, lost) of the formulas above."""
     lse_t, correction_t, factor_t = normaliser(reference_t, z_t)
     lse_s, correction_s, factor_s = normaliser(reference_s, z_s)
     rest = 1.0 - weight
     common = weight * kept_p - rest * (reverse_kl + kept_q)
-    student = factor_s * inverse_temperature
+    student = factor_s * rate
     slope = -rest * LN2 * student
     offset = (common + rest - rest * LN2 * (correction_s - correction_t)) * student
-    return lse_t, lse_s, slope, offset, weight * factor_t * inverse_temperature, common * student
+    return lse_t, lse_s, slope, offset, weight * factor_t * rate, common * student
 
 
 @triton.jit
 def row_gradient(
     ds_row,  # gradient of the row, offset 0; may be s_row
-    t_row, s_row, lead, end_t, end_s, scale, full_end,
+    t_row, s_row, lead, end_t, end_s,
+    scale_t, gain_t, scale_s, gain_s,  # of `scaled`
+    full_end,
     lse_t, lse_s, slope, offset, teacher, lost,
     REVERSE: tl.constexpr,
     S_ALIGNED: tl.constexpr,
@@ -42,23 +54,28 @@ def row_gradient(
     """Write ds of one row; blocks 1 .. full_end-1 are finite on both sides."""
     columns = tl.arange(0, BLOCK)
     for block in tl.range(1, full_end, loop_unroll_factor=UNROLL):
-        log_p = scaled(load_full(t_row, block, True, BLOCK), scale, lse_t)
-        log_q = scaled(load_full(s_row, block, S_ALIGNED, BLOCK), scale, lse_s)
+        log_p = scaled(load_full(t_row, block, True, BLOCK), scale_t, gain_t, lse_t)
+        s = load_full(s_row, block, S_ALIGNED, BLOCK)
+        log_q = scaled(s, scale_s, gain_s, lse_s)
         factor = offset
         if REVERSE:
             factor = slope * (log_p - log_q) + offset
         ds = tl.exp2(log_q) * factor - teacher * tl.exp2(log_p)
+        if gain_s is not None:
+            ds *= softcap_slope(s, gain_s)
         tl.store(ds_row + block_offsets(block, BLOCK), ds.to(ds_row.dtype.element_ty))
     for edge in range(0, 1 + tl.maximum(tl.cdiv(end_s, BLOCK) - full_end, 0)):
         offsets = edge_block(edge, full_end) * BLOCK + columns
         t = load_edge(t_row, offsets, lead, end_t)
         s = load_edge(s_row, offsets, lead, end_s)
-        log_p = scaled(t, scale, lse_t)
-        log_q = scaled(s, scale, lse_s)
+        log_p = scaled(t, scale_t, gain_t, lse_t)
+        log_q = scaled(s, scale_s, gain_s, lse_s)
         q = tl.exp2(log_q)
         kept = (t > float("-inf")) & (s > float("-inf"))
         u = tl.maximum(log_p, LOWEST) - tl.maximum(log_q, LOWEST)
         both = q * (slope * u + offset) - teacher * tl.exp2(log_p)
         ds = tl.where(kept, both, q * lost)
+        if gain_s is not None:
+            ds *= softcap_slope(s, gain_s)
         inside = (offsets >= lead) & (offsets < end_s)
         tl.store(ds_row + offsets, ds.to(ds_row.dtype.element_ty), mask=inside)

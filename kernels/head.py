@@ -65,6 +65,13 @@ def value_of(key, dtype: tl.constexpr):
 
 
 @triton.jit
+def _lowest_key(dtype: tl.constexpr):
+    """Key of the lowest finite number, in fp32 that of bf16."""
+    lowest: tl.constexpr = -65504.0 if dtype == tl.float16 else -3.3895313892515355e38
+    return key_of(tl.full((), lowest, tl.float32), dtype)
+
+
+@triton.jit
 def crosses(mass, target, INCLUSIVE: tl.constexpr):
     """Whether a prefix of this mass goes beyond mu."""
     if INCLUSIVE:
@@ -77,7 +84,7 @@ def head_boundary(
     t_row,  # teacher logits of the row, offset 0
     lead,
     end_t,
-    scale,
+    scale, gain,  # of `scaled`
     reference,  # of stage A
     z,  # Z_t of stage A
     slots,  # [BLOCK] slot maxima of stage A
@@ -86,14 +93,14 @@ def head_boundary(
     INCLUSIVE: tl.constexpr,
     STABLE: tl.constexpr,
     BLOCK: tl.constexpr,
-):
+):  # fmt: skip
     """(crossing logit, mass above it, k, mass of one such token, cut); masses are shares of Z.
 
     `cut` is end_t where all ties belong to the head, and 0 where none do or ties are averaged."""
     dtype: tl.constexpr = t_row.dtype.element_ty
     target = mu * z
     top = tl.max(slots, axis=0)
-    top_mass = _mass(top, scale, reference)
+    top_mass = _mass(top, scale, gain, reference)
     crossing = top
     above = 0.0
     reached = top_mass
@@ -101,21 +108,28 @@ def head_boundary(
     alone = (top_mass > 0.5 * z) & crosses(top_mass, target, INCLUSIVE)
     if (z == z) & (alone == 0):
         high = key_of(top, dtype) + 1
-        low = key_of((tl.log2(hidden) + reference) / scale, dtype) + 1
-        known = tl.sum(tl.where(slots >= value_of(low, dtype), _mass(slots, scale, reference), 0.0))
+        slot_mass = _mass(slots, scale, gain, reference)
+        if gain is None:
+            low = key_of((tl.log2(hidden) + reference) / scale, dtype) + 1
+        else:
+            low = key_of(tl.min(tl.where(slot_mass > hidden, slots, float("inf"))), dtype)
+        known = tl.sum(tl.where(slots >= value_of(low, dtype), slot_mass, 0.0))
         suffice = (low < high) & crosses(known, target, INCLUSIVE)
         if suffice:
             crossing, above, reached = _search(
-                t_row, lead, end_t, scale, reference, z, slots, target, low, high, known,
+                t_row, lead, end_t, scale, gain, reference, z, slots, target, low, high, known,
                 INCLUSIVE, True, dtype, BLOCK,
             )  # fmt: skip
         else:
-            low = key_of(tl.maximum(top - DEPTH / scale, LOWEST), dtype) - 1
+            if gain is None:
+                low = key_of(tl.maximum(top - DEPTH / scale, LOWEST), dtype) - 1
+            else:  # a softcap lifts all that is below
+                low = _lowest_key(dtype)
             crossing, above, reached = _search(
-                t_row, lead, end_t, scale, reference, z, slots, target, low, high, z,
+                t_row, lead, end_t, scale, gain, reference, z, slots, target, low, high, z,
                 INCLUSIVE, False, dtype, BLOCK,
             )  # fmt: skip
-    each = _mass(crossing, scale, reference)
+    each = _mass(crossing, scale, gain, reference)
     ties = tl.floor((reached - above) / each + 0.5)
     share = (target - above) / each
     if INCLUSIVE:
@@ -134,25 +148,34 @@ def head_boundary(
 
 
 @triton.jit
-def _mass(x, scale, reference):
+def _mass(x, scale, gain, reference):
     """Of a logit, in units of Z."""
-    return tl.exp2(scaled(x, scale, reference))
+    return tl.exp2(scaled(x, scale, gain, reference))
 
 
 @triton.jit
-def _estimate(slots, scale, reference, target, top, BLOCK: tl.constexpr):
+def _steepness(scale, gain):
+    """The most that the logarithm (to base 2) of a mass changes with x."""
+    if gain is not None:
+        scale *= gain
+    return scale
+
+
+@triton.jit
+def _estimate(slots, scale, gain, reference, target, top, BLOCK: tl.constexpr):
     """Logit at which the slot maxima say that the mass reaches `target`, and the share f of slots
     above it: f near 1 means that they hide most tokens and the estimate is poor.
 
     Bins of a factor of 2^STRIDE go down from the top; the one in which it is reached is halved."""
-    slot_mass = _mass(slots, scale, reference)
+    slot_mass = _mass(slots, scale, gain, reference)
+    steepness = _steepness(scale, gain)
     high = top  # above it the estimated mass falls short of the target
     mass_above = 0.0
     slots_above = 0.0
-    step = STRIDE / scale
-    finest = FINEST / scale
+    step = STRIDE / steepness
+    finest = FINEST / steepness
     halving = 0
-    while (step > finest) & (high > top - DEPTH / scale):
+    while (step > finest) & (high > top - DEPTH / steepness):
         inside = (slots > high - step) & (slots <= high)
         held = tl.maximum(tl.sum(inside.to(tl.float32), axis=0), 0.5)
         count = tl.minimum(slots_above + held, BLOCK - 0.5)
@@ -185,20 +208,22 @@ def _pivots_around(x, distance, dtype: tl.constexpr):
 
 
 @triton.jit
-def _interpolated(low_value, high_value, mass_low, mass_high, target, scale, reference):
+def _interpolated(low_value, high_value, mass_low, mass_high, target, scale, gain, reference):
     """Where a straight line between the bracket's ends reaches `target`, and the expected error."""
     width = high_value - low_value
     share = (mass_low - target) / (mass_low - mass_high)
     x = low_value + width * share
-    tokens = (mass_low - mass_high) / _mass(x, scale, reference)
+    tokens = (mass_low - mass_high) / _mass(x, scale, gain, reference)
     noise = tl.sqrt(tl.maximum(share * (1.0 - share), 0.02) / tl.maximum(tokens, 1.0))
     return x, width * (CURVATURE + 0.15 * noise)
 
 
 @triton.jit
-def _add_masses(t, mass, pivots, below, above, low_value, high_value, scale, reference, dtype):
+def _add_masses(
+    t, mass, pivots, below, above, low_value, high_value, scale, gain, reference, dtype
+):
     """Add a block of logits to the masses at the pivots, and to the logits nearest the bracket."""
-    p = _mass(t, scale, reference)
+    p = _mass(t, scale, gain, reference)
     new = ()
     for i in tl.static_range(PIVOTS):
         new = new + (mass[i] + tl.where(t >= pivots[i], p, 0.0),)
@@ -210,7 +235,7 @@ def _add_masses(t, mass, pivots, below, above, low_value, high_value, scale, ref
 
 @triton.jit
 def _search(
-    t_row, lead, end_t, scale, reference, z, slots, target,
+    t_row, lead, end_t, scale, gain, reference, z, slots, target,
     low, high, mass_low,  # the bracket's keys: mass(low) crosses, mass(high) = 0 does not
     INCLUSIVE: tl.constexpr,
     SLOTS: tl.constexpr,  # sum over the slot maxima, not over the row
@@ -225,8 +250,9 @@ def _search(
     fell_short = 0
     x = value_of(high, dtype)
     if not SLOTS:
-        x, saturation = _estimate(slots, scale, reference, target, tl.max(slots, axis=0), BLOCK)
-        reach = tl.where(saturation > 0.8, FAR, NEAR) / scale
+        top = tl.max(slots, axis=0)
+        x, saturation = _estimate(slots, scale, gain, reference, target, top, BLOCK)
+        reach = tl.where(saturation > 0.8, FAR, NEAR) / _steepness(scale, gain)
     last = end_t // BLOCK
     span = high.to(tl.int64) - low.to(tl.int64)
     while span > 1:
@@ -239,7 +265,7 @@ def _search(
             distance = reach
             if reach == 0.0:
                 x, distance = _interpolated(
-                    low_value, high_value, mass_low, mass_high, target, scale, reference
+                    low_value, high_value, mass_low, mass_high, target, scale, gain, reference
                 )
             keys = _pivots_around(x, distance, dtype)
         pivots = ()
@@ -254,19 +280,22 @@ def _search(
         above = tl.full((BLOCK,), float("inf"), tl.float32)
         if SLOTS:
             mass, below, above = _add_masses(
-                slots, mass, pivots, below, above, low_value, high_value, scale, reference, dtype
-            )
+                slots, mass, pivots, below, above, low_value, high_value,
+                scale, gain, reference, dtype,
+            )  # fmt: skip
         else:
             for block in range(1, last):
                 t = load_full(t_row, block, True, BLOCK)
                 mass, below, above = _add_masses(
-                    t, mass, pivots, below, above, low_value, high_value, scale, reference, dtype
-                )
+                    t, mass, pivots, below, above, low_value, high_value,
+                    scale, gain, reference, dtype,
+                )  # fmt: skip
             for start in range(0, end_t, tl.maximum(last, 1) * BLOCK):
                 t = load_edge(t_row, start + columns, lead, end_t)
                 mass, below, above = _add_masses(
-                    t, mass, pivots, below, above, low_value, high_value, scale, reference, dtype
-                )
+                    t, mass, pivots, below, above, low_value, high_value,
+                    scale, gain, reference, dtype,
+                )  # fmt: skip
         if dtype == tl.float32:
             # No logit lies between the bracket's ends and these: moving the ends keeps both masses.
             high = key_of(tl.max(below, axis=0), dtype) + 1

@@ -40,8 +40,8 @@ def forward_kernel(
     outer_s, outer_t, outer_ds, inner_s, inner_t, inner_ds,  # strides
     stride_upstream,
     inner, V_s, V_t, base_lead,
-    scale,  # log2(e) / T
-    inverse_temperature,
+    scale_t, gain_t, scale_s, gain_s,  # of `scaled`
+    rate,  # logit_scale / T of the student
     mu,
     weight,  # w where there is no head
     HAS_HEAD: tl.constexpr, INCLUSIVE: tl.constexpr, STABLE: tl.constexpr,
@@ -65,16 +65,18 @@ def forward_kernel(
         end_t = lead + V_t
         end_s = lead + V_s
         reference_t, z_t, reference_s, z_s, slots, hidden = row_statistics(
-            t_row, s_row, lead, end_t, end_s, scale, HAS_HEAD, S_ALIGNED, BLOCK
-        )
+            t_row, s_row, lead, end_t, end_s, scale_t, gain_t, scale_s, gain_s,
+            HAS_HEAD, S_ALIGNED, BLOCK,
+        )  # fmt: skip
         crossing, mass, k, each, cut = 0.0, float("nan"), float("nan"), 0.0, 0
         if HAS_HEAD:
             crossing, mass, k, each, cut = head_boundary(
-                t_row, lead, end_t, scale, reference_t, z_t, slots, hidden, mu,
+                t_row, lead, end_t, scale_t, gain_t, reference_t, z_t, slots, hidden, mu,
                 INCLUSIVE, STABLE, BLOCK,
             )  # fmt: skip
         forward_kl, reverse_kl, w, gap, size, kept_p, kept_q, full_end = row_divergence(
-            t_row, s_row, lead, end_t, end_s, scale, reference_t, z_t, reference_s, z_s,
+            t_row, s_row, lead, end_t, end_s, scale_t, gain_t, scale_s, gain_s,
+            reference_t, z_t, reference_s, z_s,
             crossing, k, cut, weight, HAS_HEAD, STABLE, FORWARD, REVERSE, STATS, S_ALIGNED, BLOCK,
         )  # fmt: skip
         loss = 0.0
@@ -93,7 +95,7 @@ def forward_kernel(
             tl.store(stats + 4, size + nothing)
             tl.store(stats + 5, gap)
         lse_t, lse_s, slope, offset, teacher, lost = gradient_coefficients(
-            reference_t, z_t, reference_s, z_s, w, reverse_kl, kept_p, kept_q, inverse_temperature
+            reference_t, z_t, reference_s, z_s, w, reverse_kl, kept_p, kept_q, rate
         )
         if HAS_GRADIENT:
             g = tl.load(upstream_ptr + row * stride_upstream)
@@ -101,7 +103,7 @@ def forward_kernel(
                 row_pointer(
                     ds_ptr, row_offset(row, inner, outer_ds, inner_ds), lead, DS_ALIGNED
                 ),
-                t_row, s_row, lead, end_t, end_s, scale, full_end,
+                t_row, s_row, lead, end_t, end_s, scale_t, gain_t, scale_s, gain_s, full_end,
                 lse_t, lse_s, g * slope, g * offset, g * teacher, g * lost,
                 REVERSE, S_ALIGNED, BLOCK,
             )  # fmt: skip
@@ -137,7 +139,8 @@ def backward_kernel(
     upstream_ptr,  # [N] fp32
     outer_s, outer_t, outer_ds, inner_s, inner_t, inner_ds,  # strides
     stride_upstream,
-    inner, V_s, V_t, base_lead, scale,
+    inner, V_s, V_t, base_lead,
+    scale_t, gain_t, scale_s, gain_s,  # of `scaled`
     REVERSE: tl.constexpr, HAS_MASK: tl.constexpr,
     HAS_LEAD: tl.constexpr, S_ALIGNED: tl.constexpr, DS_ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -163,7 +166,7 @@ def backward_kernel(
             row_pointer(ds_ptr, row_offset(row, inner, outer_ds, inner_ds), lead, DS_ALIGNED),
             row_pointer(t_ptr, offset_t, lead, True),
             row_pointer(s_ptr, row_offset(row, inner, outer_s, inner_s), lead, S_ALIGNED),
-            lead, lead + V_t, lead + V_s, scale, full_end,
+            lead, lead + V_t, lead + V_s, scale_t, gain_t, scale_s, gain_s, full_end,
             tl.load(state + 0), tl.load(state + 1), g * tl.load(state + 2),
             g * tl.load(state + 3), g * tl.load(state + 4), g * tl.load(state + 5),
             REVERSE, S_ALIGNED, BLOCK,
@@ -212,10 +215,17 @@ def forward(
     inclusive: bool,
     stable: bool,
     weight: float | None,  # None: adaptive
+    student_softcap: float | None = None,  # logit = softcap tanh(logit_scale x / softcap)
+    teacher_softcap: float | None = None,
+    student_logit_scale: float = 1.0,
+    teacher_logit_scale: float = 1.0,
     gradient: torch.Tensor | None = None,  # [outer, inner, V_s] student's dtype; may be student
     upstream: torch.Tensor | None = None,  # [N] fp32, any stride
 ) -> None:
     """Launch A R B, and C where a gradient is given."""
+    maps = _maps(
+        temperature, student_softcap, teacher_softcap, student_logit_scale, teacher_logit_scale
+    )
     with _device_of(student):
         _forward[(loss.shape[0],)](
             s_ptr=student,
@@ -227,8 +237,8 @@ def forward(
             ds_ptr=gradient,
             upstream_ptr=upstream,
             stride_upstream=0 if upstream is None else upstream.stride(0),
-            scale=LOG2E / temperature,
-            inverse_temperature=1.0 / temperature,
+            rate=student_logit_scale / temperature,
+            **maps,
             mu=mu,
             weight=0.0 if weight is None else weight,
             HAS_HEAD=weight is None,
@@ -254,8 +264,15 @@ def backward(
     *,
     temperature: float,
     reverse: bool,  # False where w is 1
+    student_softcap: float | None = None,
+    teacher_softcap: float | None = None,
+    student_logit_scale: float = 1.0,
+    teacher_logit_scale: float = 1.0,
 ) -> None:
     """Launch C."""
+    maps = _maps(
+        temperature, student_softcap, teacher_softcap, student_logit_scale, teacher_logit_scale
+    )
     with _device_of(student):
         _backward[(upstream.shape[0],)](
             ds_ptr=gradient,
@@ -265,7 +282,7 @@ def backward(
             state_ptr=state,
             upstream_ptr=upstream,
             stride_upstream=upstream.stride(0),
-            scale=LOG2E / temperature,
+            **maps,
             REVERSE=reverse,
             HAS_MASK=counted is not None,
             **_addressing(student, teacher, gradient),
@@ -288,6 +305,20 @@ def rescale(
             BLOCK=launch.BLOCK,
             num_warps=launch.num_warps,
         )
+
+
+def _maps(
+    temperature, student_softcap, teacher_softcap, student_logit_scale, teacher_logit_scale
+) -> dict:
+    """Arguments of `scaled` for both sides."""
+    arguments = {}
+    for side, softcap, logit_scale in (
+        ("t", teacher_softcap, teacher_logit_scale),
+        ("s", student_softcap, student_logit_scale),
+    ):
+        arguments[f"scale_{side}"] = LOG2E * (softcap or logit_scale) / temperature
+        arguments[f"gain_{side}"] = None if softcap is None else logit_scale / softcap
+    return arguments
 
 
 def _addressing(student, teacher, gradient) -> dict:

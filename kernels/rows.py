@@ -51,7 +51,7 @@ def edge_block(i, full):
 @triton.jit
 def block_offsets(block, BLOCK: tl.constexpr):
     """Offsets of a full block, as wide as addresses, so that these advance by a constant."""
-    return block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    return tl.cast(block, tl.int64) * BLOCK + tl.arange(0, BLOCK)
 
 
 @triton.jit
@@ -60,7 +60,7 @@ def load_full(row_ptr, block, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
     if ALIGNED and row_ptr.dtype.element_ty == tl.bfloat16:
         # Two a word: a shift or a mask an element, where a conversion takes one and a half.
         words = row_ptr.to(tl.pointer_type(tl.int32))
-        pair = tl.load((words + tl.arange(0, BLOCK // 2)) + block.to(tl.int64) * (BLOCK // 2))
+        pair = tl.load((words + tl.arange(0, BLOCK // 2)) + tl.cast(block, tl.int64) * (BLOCK // 2))
         low = (pair << 16).to(tl.float32, bitcast=True)
         high = (pair & -65536).to(tl.float32, bitcast=True)
         return tl.interleave(low, high)
@@ -75,9 +75,42 @@ def load_edge(row_ptr, offsets, lead, end):
 
 
 @triton.jit
-def scaled(x, scale, reference):
-    """scale x - reference with one rounding; left to itself, the compiler fuses it or does not."""
+def scaled(x, scale, gain, reference):
+    """scale x - reference, or scale tanh(gain x) - reference where the logits have a softcap.
+
+    One rounding: left to itself, the compiler fuses it or does not. `gain` is None without a
+    softcap. Infinities stay, so that a forbidden token has no probability."""
+    if gain is not None:
+        x = tl.where(tl.abs(x) == float("inf"), x, _tanh(x * gain))
     return tl.fma(x, scale, -reference)
+
+
+@triton.jit
+def softcap_slope(x, gain):
+    """1 - tanh^2(gain x), which does not cancel where the softcap saturates."""
+    e = _decay(x * gain)
+    return 4.0 * e / ((1.0 + e) * (1.0 + e))
+
+
+@triton.jit
+def _decay(x):
+    """e^(-2 |x|)."""
+    return tl.exp2(tl.abs(x) * -2.885390081777927)
+
+
+@triton.jit
+def _tanh(x):
+    """tanh x: 1 - 2 e / (1 + e) with e = e^(-2 |x|), and near 0, where that cancels, a polynomial
+    (that of tanhf in Cephes)."""
+    e = _decay(x)
+    far = 1.0 - 2.0 * e / (1.0 + e)
+    z = x * x
+    near = -5.70498872745e-3 * z + 2.06390887954e-2
+    near = near * z - 5.37397155531e-2
+    near = near * z + 1.33314422036e-1
+    near = near * z - 3.33332819422e-1
+    near = near * z * x + x
+    return tl.where(tl.abs(x) < 0.625, near, tl.where(x < 0.0, -far, far))
 
 
 @triton.jit

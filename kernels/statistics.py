@@ -1,6 +1,6 @@
 """Stage A, row statistics: both softmax denominators in one sweep, and the teacher's slot maxima.
 
-    Z = sum_i 2^(scale x_i - reference)        scale = log2(e) / T, lse = reference + log2 Z
+    Z = sum_i 2^(log2(e) logit_i / T - reference)        lse = reference + log2 Z
     slots[j] = max of teacher[j], teacher[j + BLOCK], teacher[j + 2 BLOCK], ...
     hidden = max_j (mass of slot j - mass of slots[j])   no token that is no maximum is heavier
 
@@ -24,11 +24,11 @@ def row_statistics(
     lead,
     end_t,  # lead + V of the teacher
     end_s,  # lead + V of the student
-    scale,
+    scale_t, gain_t, scale_s, gain_s,  # of `scaled`
     SLOTS: tl.constexpr,  # whether the slot maxima are wanted; -inf otherwise
     S_ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
-):
+):  # fmt: skip
     """(reference_t, Z_t, reference_s, Z_s, slots [BLOCK], hidden)
 
     Z is NaN for a row that is not valid."""
@@ -36,8 +36,10 @@ def row_statistics(
     full = full_blocks_end(end_t, end_s, BLOCK)
     edges = 1 + tl.maximum(tl.cdiv(tl.maximum(end_t, end_s), BLOCK) - full, 0)
 
-    reference_t = scale * tl.max(load_edge(t_row, columns, lead, end_t), axis=0)
-    reference_s = scale * tl.max(load_edge(s_row, columns, lead, end_s), axis=0)
+    first_t = tl.max(load_edge(t_row, columns, lead, end_t), axis=0)
+    first_s = tl.max(load_edge(s_row, columns, lead, end_s), axis=0)
+    reference_t = scaled(first_t, scale_t, gain_t, 0.0)
+    reference_s = scaled(first_s, scale_s, gain_s, 0.0)
     z_t = 0.0
     z_s = 0.0
     hidden = 0.0
@@ -49,29 +51,29 @@ def row_statistics(
         for block in tl.range(1, full, loop_unroll_factor=UNROLL):
             t = load_full(t_row, block, True, BLOCK)
             s = load_full(s_row, block, S_ALIGNED, BLOCK)
-            sum_t += tl.exp2(scaled(t, scale, reference_t))
-            sum_s += tl.exp2(scaled(s, scale, reference_s))
+            sum_t += tl.exp2(scaled(t, scale_t, gain_t, reference_t))
+            sum_s += tl.exp2(scaled(s, scale_s, gain_s, reference_s))
             if SLOTS:
                 slots = tl.maximum(slots, t)
         for edge in range(0, edges):
             offsets = edge_block(edge, full) * BLOCK + columns
             t = load_edge(t_row, offsets, lead, end_t)
             s = load_edge(s_row, offsets, lead, end_s)
-            sum_t += tl.exp2(scaled(t, scale, reference_t))
-            sum_s += tl.exp2(scaled(s, scale, reference_s))
+            sum_t += tl.exp2(scaled(t, scale_t, gain_t, reference_t))
+            sum_s += tl.exp2(scaled(s, scale_s, gain_s, reference_s))
             if SLOTS:
                 slots = tl.maximum(slots, t)
         z_t = tl.sum(sum_t, axis=0)
         z_s = tl.sum(sum_s, axis=0)
         if SLOTS:
-            maxima = tl.exp2(scaled(slots, scale, reference_t))
+            maxima = tl.exp2(scaled(slots, scale_t, gain_t, reference_t))
             hidden = tl.max(sum_t * SUM_SLACK - maxima, axis=0)
         sweeps -= 1
         if (z_t < SUM_LIMIT) & (z_s < SUM_LIMIT):  # false for NaN
             sweeps = 0
         elif sweeps > 0:
-            reference_t = scale * _row_max(t_row, lead, end_t, BLOCK)
-            reference_s = scale * _row_max(s_row, lead, end_s, BLOCK)
+            reference_t = scaled(_row_max(t_row, lead, end_t, BLOCK), scale_t, gain_t, 0.0)
+            reference_s = scaled(_row_max(s_row, lead, end_s, BLOCK), scale_s, gain_s, 0.0)
     return reference_t, z_t, reference_s, z_s, slots, tl.maximum(hidden, 0.0)
 
 

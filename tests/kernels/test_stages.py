@@ -10,6 +10,7 @@ import triton.language as tl
 from akl_triton.kernels.divergence import row_divergence
 from akl_triton.kernels.gradient import gradient_coefficients, row_gradient
 from akl_triton.kernels.head import head_boundary
+from akl_triton.kernels.rows import scaled, softcap_slope
 from akl_triton.kernels.statistics import row_statistics
 from akl_triton.reference import reference_adaptive_kl
 
@@ -21,7 +22,7 @@ LOG2E = 1.4426950408889634
 @triton.jit
 def statistics_kernel(t_ptr, s_ptr, out_ptr, slots_ptr, V, scale, BLOCK: tl.constexpr):
     reference_t, z_t, reference_s, z_s, slots, hidden = row_statistics(
-        t_ptr, s_ptr, 0, V, V, scale, True, True, BLOCK
+        t_ptr, s_ptr, 0, V, V, scale, None, scale, None, True, True, BLOCK
     )
     tl.store(out_ptr + 0, reference_t)
     tl.store(out_ptr + 1, z_t)
@@ -35,7 +36,7 @@ def statistics_kernel(t_ptr, s_ptr, out_ptr, slots_ptr, V, scale, BLOCK: tl.cons
 def head_kernel(t_ptr, slots_ptr, out_ptr, V, scale, reference, z, hidden, mu, BLOCK: tl.constexpr):
     slots = tl.load(slots_ptr + tl.arange(0, BLOCK))
     crossing, mass, k, each, cut = head_boundary(
-        t_ptr, 0, V, scale, reference, z, slots, hidden, mu, False, True, BLOCK
+        t_ptr, 0, V, scale, None, reference, z, slots, hidden, mu, False, True, BLOCK
     )
     tl.store(out_ptr + 0, crossing)
     tl.store(out_ptr + 1, mass)
@@ -51,7 +52,8 @@ def divergence_kernel(
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     forward_kl, reverse_kl, w, gap, size, kept_p, kept_q, full_end = row_divergence(
-        t_ptr, s_ptr, 0, V, V, scale, reference_t, z_t, reference_s, z_s, crossing, k, cut,
+        t_ptr, s_ptr, 0, V, V, scale, None, scale, None,
+        reference_t, z_t, reference_s, z_s, crossing, k, cut,
         0.0, True, True, True, True, True, True, BLOCK,
     )  # fmt: skip
     tl.store(out_ptr + 0, forward_kl)
@@ -74,7 +76,7 @@ def gradient_kernel(
         reference_t, z_t, reference_s, z_s, w, reverse_kl, 1.0, 1.0, inverse_temperature
     )
     row_gradient(
-        ds_ptr, t_ptr, s_ptr, 0, V, V, scale, full_end,
+        ds_ptr, t_ptr, s_ptr, 0, V, V, scale, None, scale, None, full_end,
         lse_t, lse_s, slope, offset, teacher, lost, True, True, BLOCK,
     )  # fmt: skip
 
@@ -178,3 +180,24 @@ def test_gradient(row: Row, device: torch.device) -> None:
     exact = row.oracle.grad[0]
     # A few roundings of its two terms, more where no FMA is (the interpreter).
     assert (gradient.cpu().double() - exact).abs().max() < 5e-6 * exact.abs().max()
+
+
+@triton.jit
+def softcap_kernel(x_ptr, scaled_ptr, slope_ptr, scale, gain, BLOCK: tl.constexpr):
+    x = tl.load(x_ptr + tl.arange(0, BLOCK))
+    tl.store(scaled_ptr + tl.arange(0, BLOCK), scaled(x, scale, gain, 0.0))
+    tl.store(slope_ptr + tl.arange(0, BLOCK), softcap_slope(x, gain))
+
+
+def test_softcap(device: torch.device) -> None:
+    """tanh and its derivative to a few units in the last place, over all magnitudes and signs."""
+    magnitudes = torch.logspace(-6, 2, 510, base=10)
+    x = torch.cat((magnitudes, -magnitudes, torch.tensor([0.0, 0.625, torch.inf, -torch.inf])))
+    x = x.to(device)
+    out, slope = torch.full((2, len(x)), torch.nan, device=device)
+    softcap_kernel[(1,)](x, out, slope, 3.0, 0.5, BLOCK=len(x))
+    exact = 3.0 * torch.tanh(0.5 * x.double().cpu())
+    exact[-2:] = x.double().cpu()[-2:]
+    torch.testing.assert_close(out.double().cpu(), exact, rtol=4e-7, atol=0)
+    exact = 1.0 / torch.cosh(0.5 * x.double().cpu()).square()
+    torch.testing.assert_close(slope.double().cpu(), exact, rtol=1e-5, atol=1e-37)
