@@ -89,13 +89,8 @@ MAPS: dict[str, dict[str, float]] = {
 }
 
 
-# A softcap takes half a minute to compile: each once, the interpreter tries the others.
-COMPILED_MAPS = {
-    ("Gemma", BF16),
-    ("saturated", BF16),
-    ("scales", BF16),
-    ("softcap of one side", FP32),
-}
+# Kernels with a softcap take half a minute to compile: the interpreter tries the other dtypes.
+COMPILED_MAPS = ("Gemma", "saturated", "scales")
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=name_of)
@@ -104,9 +99,9 @@ def test_softcap_and_scale(
     maps: str, dtype: torch.dtype, device: torch.device, small: bool
 ) -> None:
     """Ordered by what is passed, also where the softcap makes it equal; infinities stay."""
-    if not small and (maps, dtype) not in COMPILED_MAPS:
+    if not small and (dtype != BF16 or maps not in COMPILED_MAPS):
         pytest.skip("interpreted only")
-    student, teacher = (x.to(device) for x in make_rows(3000, 2900, dtype, dtype, seed=7))
+    student, teacher = (x.to(device) for x in make_rows(3000, 3000, dtype, dtype, seed=7))
     student[0, 7] = teacher[1, 2500:2600] = teacher[2, 4] = -torch.inf
     pairs = list(zip(MU, TEMPERATURE, strict=True))
     for mu, temperature in pairs[1:2] if small else pairs:
