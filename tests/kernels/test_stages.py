@@ -135,8 +135,10 @@ def test_statistics(row: Row, device: torch.device) -> None:
 
 @pytest.mark.parametrize("slots_suffice", [False, True])
 @pytest.mark.parametrize("temperature", [0.25, 1.0, 2.0, 4.0])
-def test_head(temperature: float, slots_suffice: bool, device: torch.device) -> None:
+def test_head(temperature: float, slots_suffice: bool, device: torch.device, mode: str) -> None:
     """The same head whether the row is swept or, where sound, the slot maxima are enough."""
+    if mode == "interpreter" and temperature < 1.0:
+        pytest.skip("it has no FMA: large arguments are for compiled kernels")
     row = Row(device, temperature)
     if slots_suffice and row.hidden > 2.0 ** (row.crossing * row.scale - row.reference_t):
         pytest.skip("lighter tokens than some hidden one are in the head")
