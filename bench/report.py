@@ -25,6 +25,7 @@ SECTIONS = {
     "traffic": "Bytes, executed instructions and scans on real logits",
     "operators": "Bytes beside the peers, operator by operator",
     "growth": "Growth with N and V",
+    "linear": "Fused linear: peak memory and time",
     "floor": "Floors",
 }
 # What a section's module has: collect() -> dict that JSON can hold, markdown(data) -> str, and, if
