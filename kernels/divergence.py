@@ -88,13 +88,15 @@ def row_divergence(
         count_ties = tl.zeros((BLOCK,), tl.float32)
         lost_p = tl.zeros((BLOCK,), tl.float32)
         lost_q = tl.zeros((BLOCK,), tl.float32)
-        # Ties belong to the head in the blocks before the cut, and not from there on.
+        # From the end, which A left in the L2. Ties belong to the head in the blocks before the
+        # cut, and not from there on.
         turn = tl.minimum(tl.maximum(cut // BLOCK, 1), full_end)
         for part in range(2):
-            begin = tl.where(part == 0, 1, turn)
-            end = tl.where(part == 0, turn, full_end)
-            least = tl.where(part == 0, crossing, above_crossing)
-            for block in tl.range(begin, end, loop_unroll_factor=UNROLL):
+            begin = tl.where(part == 0, turn, 1)
+            end = tl.where(part == 0, full_end, turn)
+            least = tl.where(part == 0, above_crossing, crossing)
+            for step in tl.range(0, end - begin, loop_unroll_factor=UNROLL):
+                block = (end - 1).to(tl.int64) - step
                 t = load_full(t_row, block, True, BLOCK)
                 s = load_full(s_row, block, S_ALIGNED, BLOCK)
                 log_p = scaled(t, scale_t, gain_t, lse_t)

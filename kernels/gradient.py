@@ -24,6 +24,9 @@ from .rows import (
     softcap_slope,
 )
 
+# The last time that a row is used: the L2 may drop it before rows that are swept again.
+DONE = tl.constexpr("evict_first")
+
 
 @triton.jit
 def gradient_coefficients(
@@ -53,9 +56,11 @@ def row_gradient(
 ):  # fmt: skip
     """Write ds of one row; blocks 1 .. full_end-1 are finite on both sides."""
     columns = tl.arange(0, BLOCK)
-    for block in tl.range(1, full_end, loop_unroll_factor=UNROLL):
-        log_p = scaled(load_full(t_row, block, True, BLOCK), scale_t, gain_t, lse_t)
-        s = load_full(s_row, block, S_ALIGNED, BLOCK)
+    # Loads stay behind the stores before them (ds may be s): a longer turn takes no registers.
+    for block in tl.range(1, full_end, loop_unroll_factor=2 * UNROLL):
+        t = load_full(t_row, block, True, BLOCK, DONE)
+        s = load_full(s_row, block, S_ALIGNED, BLOCK, DONE)
+        log_p = scaled(t, scale_t, gain_t, lse_t)
         log_q = scaled(s, scale_s, gain_s, lse_s)
         factor = offset
         if REVERSE:
@@ -63,7 +68,8 @@ def row_gradient(
         ds = tl.exp2(log_q) * factor - teacher * tl.exp2(log_p)
         if gain_s is not None:
             ds *= softcap_slope(s, gain_s)
-        tl.store(ds_row + block_offsets(block, BLOCK), ds.to(ds_row.dtype.element_ty))
+        ds = ds.to(ds_row.dtype.element_ty)
+        tl.store(ds_row + block_offsets(block, BLOCK), ds, eviction_policy=DONE)
     for edge in range(0, 1 + tl.maximum(tl.cdiv(end_s, BLOCK) - full_end, 0)):
         offsets = edge_block(edge, full_end) * BLOCK + columns
         t = load_edge(t_row, offsets, lead, end_t)

@@ -55,16 +55,19 @@ def block_offsets(block, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def load_full(row_ptr, block, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
-    """Logits of a full block, in fp32; ALIGNED is that of `row_pointer`."""
+def load_full(
+    row_ptr, block, ALIGNED: tl.constexpr, BLOCK: tl.constexpr, POLICY: tl.constexpr = ""
+):
+    """Logits of a full block, in fp32; ALIGNED is that of `row_pointer`, POLICY that of the L2."""
     if ALIGNED and row_ptr.dtype.element_ty == tl.bfloat16:
         # Two a word: a shift or a mask an element, where a conversion takes one and a half.
         words = row_ptr.to(tl.pointer_type(tl.int32))
-        pair = tl.load((words + tl.arange(0, BLOCK // 2)) + tl.cast(block, tl.int64) * (BLOCK // 2))
+        words = (words + tl.arange(0, BLOCK // 2)) + tl.cast(block, tl.int64) * (BLOCK // 2)
+        pair = tl.load(words, eviction_policy=POLICY)
         low = (pair << 16).to(tl.float32, bitcast=True)
         high = (pair & -65536).to(tl.float32, bitcast=True)
         return tl.interleave(low, high)
-    return tl.load(row_ptr + block_offsets(block, BLOCK)).to(tl.float32)
+    return tl.load(row_ptr + block_offsets(block, BLOCK), eviction_policy=POLICY).to(tl.float32)
 
 
 @triton.jit
