@@ -347,6 +347,12 @@ def default_chunk_bytes(device: torch.device) -> int:
     return CHUNK_BYTES.get(device.type, CHUNK_BYTES_ELSEWHERE)
 
 
+def chunk_rows(chunk_bytes: int, row_bytes: int) -> int:
+    """Tokens a chunk, where the logits of one take so many bytes on both sides."""
+    rows = chunk_bytes // row_bytes
+    return rows - rows % _ROW_TILE if rows > _ROW_TILE else rows
+
+
 class _Sides(NamedTuple):
     """The six tensors of the products, in the order of the operators' arguments."""
 
@@ -369,11 +375,6 @@ class _Plan(NamedTuple):
     weight_gradient: bool
     bias_gradient: bool
     backend: str
-
-    def chunk_rows(self, sides: _Sides) -> int:
-        """Tokens a chunk."""
-        rows = self.chunk_bytes // self.bytes_per_row(sides)
-        return rows - rows % _ROW_TILE if rows > _ROW_TILE else rows
 
     def bytes_per_row(self, sides: _Sides) -> int:
         """What the logits of one token take on both sides."""
@@ -615,7 +616,7 @@ def _sweep(
 
     counting = None if counted is None else counted.nonzero().flatten()
     count = n if counting is None else len(counting)
-    step = min(plan.chunk_rows(sides), count)
+    step = min(chunk_rows(plan.chunk_bytes, plan.bytes_per_row(sides)), count)
     weights = (
         sides.student_weight.to(plan.student_dtype),
         sides.teacher_weight.to(plan.teacher_dtype),

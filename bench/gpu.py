@@ -8,7 +8,8 @@ A time is the median over CUDA events around one call, enqueued behind a kernel 
 what the host does before the launch is not in it (it is a column of its own). The calls rotate
 through pairs of logits that together are CACHES times the L2, and what a call needs is prepared a
 whole turn ahead: no input is warm. GB/s are of the compulsory bytes, each input read once and each
-output written once, whatever a loss really moves; beside them stands a copy of the same run.
+output written once, whatever a loss really moves; beside them stands a copy of the same run. From
+hidden states, where products take the time, memory stands beside the model of the design instead.
 
 The cases are run in the order of their importance until the time is up. Every result is written as
 it comes (CSV, JSON), and so is the list of what has been left out, and why.
@@ -40,22 +41,39 @@ from typing import Any, NamedTuple, Protocol
 from unittest import mock
 
 import torch
+import torch.nn.functional as F
 import triton
 from matplotlib.figure import Figure
 from torch import Tensor
 
 import akl_triton
 from akl_triton.kernels.launch_table import CANDIDATES, Launch, launch_for
+from akl_triton.linear import chunk_rows, default_chunk_bytes
 from akl_triton.ops import triton_obstacle
 
 from .peers import OURS, PEERS
 
 ROOT = Path(__file__).resolve().parents[1]
-# The most telling first.
-VOCABULARIES = (128_256, 151_936, 32_000, 50_257)
-ROWS = (4096, 512, 16_384)
-TINY_VOCABULARIES = (1000, 1003)
-TINY_ROWS = (16, 4)
+
+
+class Sizes(NamedTuple):
+    """Of the cases, the most telling first."""
+
+    vocabularies: tuple[int, ...]
+    rows: tuple[int, ...]
+    linear_vocabularies: tuple[int, ...]
+    linear_rows: tuple[int, ...]
+    hidden: int
+
+
+SIZES = Sizes(
+    vocabularies=(128_256, 151_936, 32_000, 50_257),
+    rows=(4096, 512, 16_384),
+    linear_vocabularies=(128_256, 151_936),
+    linear_rows=(4096, 16_384),
+    hidden=2048,
+)
+TINY_SIZES = Sizes((1000, 1003), (16, 4), (1000,), (16, 4), hidden=8)
 DTYPE = torch.bfloat16
 # How many times the L2 lies between two uses of the same logits.
 CACHES = 4
@@ -66,7 +84,7 @@ REPEATS = (5, 50)  # at least, at most
 LONGEST_WAIT = 0.02  # seconds in which the host can enqueue a call behind the waiting kernel
 WAIT_CYCLES = 2_000_000_000  # a second of the fastest clock there is
 
-# ---------------------------------------------------------------- logits
+# ---------------------------------------------------------------- inputs
 
 # Logits that fall by this much where the rank of a token grows e-fold: the probabilities then are
 # those of a Poisson-Dirichlet process with alpha = 1 / DECAY, whose largest is above 1/2 in
@@ -95,9 +113,33 @@ def make_pair(
     return student.requires_grad_(), teacher
 
 
-def copies_for(pair_bytes: int, cache_bytes: int) -> int:
-    """How many pairs of logits make up CACHES times the cache."""
-    return max(1, math.ceil(CACHES * cache_bytes / pair_bytes))
+class Heads(NamedTuple):
+    """What the fused losses start from; the student's two are leaves that require grad."""
+
+    student_hidden: Tensor  # [N, H]
+    student_weight: Tensor  # [V, H]
+    teacher_hidden: Tensor
+    teacher_weight: Tensor
+
+
+def make_heads(
+    rows: int, vocabulary: int, hidden: int, device: torch.device, dtype: torch.dtype, seed: int
+) -> Heads:
+    """Heads of random weights whose logits are N(0, 9): no few tokens make a head."""
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def normal(size: int, deviation: float) -> Tensor:
+        x = torch.empty(size, hidden, device=device, dtype=dtype)
+        return x.normal_(std=deviation, generator=generator)
+
+    sizes = ((rows, 1.0), (vocabulary, 3.0 / hidden**0.5))
+    student, teacher = ([normal(*size) for size in sizes] for _ in "st")
+    return Heads(*(x.requires_grad_() for x in student), *teacher)
+
+
+def copies_for(input_bytes: int, cache_bytes: int) -> int:
+    """How many times these inputs make up CACHES times the cache."""
+    return max(1, math.ceil(CACHES * cache_bytes / input_bytes))
 
 
 # ---------------------------------------------------------------- what is timed
@@ -108,16 +150,16 @@ Loss = Callable[..., Tensor]
 class Phase(NamedTuple):
     """What a call is: what must be there before it, and what of it is timed."""
 
-    prepare: Callable[[Loss, Tensor, Tensor], Any]
+    prepare: Callable[..., Any]  # of the loss and its inputs
     run: Callable[[Loss, Any], Any]
-    tensors: int  # of the size of the logits: read once, written once
+    tensors: int | None  # of the size of the logits: read once, written once; None from heads
 
 
 def _gradient(loss: Tensor, student: Tensor) -> Tensor:
     return torch.autograd.grad(loss, student)[0]
 
 
-PHASES = {
+ON_LOGITS = {
     "forward": Phase(lambda loss, s, t: (s, t), lambda loss, x: loss(*x), 2),
     "backward": Phase(lambda loss, s, t: (loss(s, t), s), lambda loss, x: _gradient(*x), 3),
     "both": Phase(lambda loss, s, t: (s, t), lambda loss, x: _gradient(loss(*x), x[0]), 3),
@@ -126,6 +168,28 @@ PHASES = {
         lambda loss, s, t: (s * 1, t), lambda loss, x: _gradient(loss(*x, inplace=True), x[0]), 3
     ),
 }
+PHASES = ON_LOGITS | {
+    # Forward and backward from hidden states, the student's head trained.
+    "linear": Phase(
+        lambda loss, *heads: Heads(*heads),
+        lambda loss, heads: torch.autograd.grad(loss(*heads), heads[:2]),
+        None,
+    ),
+}
+
+
+def adaptive_kl_of_all_logits(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    **options: Any,
+) -> Tensor:
+    """As without a fused loss: all logits are there, and the gradient overwrites the student's."""
+    student = F.linear(student_hidden, student_weight)
+    teacher = F.linear(teacher_hidden, teacher_weight)
+    loss: Tensor = akl_triton.adaptive_kl(student, teacher, inplace=True, **options)
+    return loss
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,16 +205,39 @@ class Case:
     vocabulary: int
     temperature: float = 1.0
     launch: Launch | None = None  # None: that of the table
+    hidden: int | None = None  # None: starts from logits
+    fused: bool = False
 
     @property
     def label(self) -> str:
         label = f"{self.package} {self.name}, {self.phase}, T = {self.temperature:g}"
         if self.launch:
             label += f", BLOCK = {self.launch.BLOCK}, {self.launch.num_warps} warps"
-        return f"{label}, N = {self.rows:,}, V = {self.vocabulary:,}"
+        label += f", N = {self.rows:,}, V = {self.vocabulary:,}"
+        return label if self.hidden is None else f"{label}, H = {self.hidden:,}"
 
-    def compulsory_bytes(self, dtype: torch.dtype = DTYPE) -> int:
-        return PHASES[self.phase].tensors * self.rows * self.vocabulary * dtype.itemsize
+    def make_inputs(self, rows: int, device: torch.device, seed: int) -> tuple[Tensor, ...]:
+        """Of so many rows: logits, or heads."""
+        if self.hidden is None:
+            return make_pair(rows, self.vocabulary, device, DTYPE, seed)
+        return make_heads(rows, self.vocabulary, self.hidden, device, DTYPE, seed)
+
+    def input_bytes(self) -> int:
+        if self.hidden is None:
+            return 2 * self.rows * self.vocabulary * DTYPE.itemsize
+        return 2 * (self.rows + self.vocabulary) * self.hidden * DTYPE.itemsize
+
+    def compulsory_bytes(self) -> int | None:
+        tensors = PHASES[self.phase].tensors
+        return tensors and tensors * self.rows * self.vocabulary * DTYPE.itemsize
+
+    def model_bytes(self, device: torch.device) -> int | None:
+        """Of a fused loss, the peak beyond inputs and gradients: 2 C V bytes + 4 V H."""
+        if self.hidden is None or not self.fused:
+            return None
+        row_bytes = 2 * self.vocabulary * DTYPE.itemsize
+        tokens = min(chunk_rows(default_chunk_bytes(device), row_bytes), self.rows)
+        return tokens * row_bytes + 4 * self.vocabulary * self.hidden
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,6 +252,7 @@ class Result:
     temperature: float
     rows: int
     vocabulary: int
+    hidden: int | None
     BLOCK: int | None
     num_warps: int | None
     status: str  # "ok", or what went wrong
@@ -176,8 +264,9 @@ class Result:
     gb_per_s: float | None = None  # of the compulsory bytes
     of_copy: float | None = None  # the same as a share of what a copy reaches
     peak_mib: float | None = None  # held at a time beyond the inputs; None where not counted
+    model_mib: float | None = None  # of fused losses: 2 C V bytes + 4 V H, without gradients
     compilations: int | None = None  # of Triton kernels, those of an autotuner included
-    pairs: int | None = None  # of logits, through which the calls rotate
+    pairs: int | None = None  # inputs through which the calls rotate
 
 
 RESULT_FIELDS = [field.name for field in fields(Result)]
@@ -321,7 +410,7 @@ def launched_with(launch: Launch | None) -> Iterator[None]:
 
 
 class Bench:
-    """Measures cases on a device, and keeps the logits of the shape that it measured last."""
+    """Measures cases on a device, and keeps the inputs of the shape that it measured last."""
 
     def __init__(self, device: torch.device, copy_bytes: int):
         self.device = device
@@ -329,8 +418,8 @@ class Bench:
         self._cache_bytes = (
             torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 0
         )
-        self._shape: tuple[int, int] | None = None
-        self._pairs: list[tuple[Tensor, Tensor]] = []
+        self._shape: tuple[int, int, int | None] | None = None
+        self._inputs: list[tuple[Tensor, ...]] = []
         self.copy_gb_per_s = self._copy_bandwidth(copy_bytes)
 
     def _copy_bandwidth(self, size: int) -> float:
@@ -339,18 +428,19 @@ class Bench:
         times = time_calls(lambda _: None, lambda _: copy.copy_(source), 1, self.device)
         return 2 * size / times.median / 1e6
 
-    def _logits(self, rows: int, vocabulary: int) -> list[tuple[Tensor, Tensor]]:
-        if self._shape != (rows, vocabulary):
-            self._pairs, self._shape = [], None
+    def _inputs_of(self, case: Case) -> list[tuple[Tensor, ...]]:
+        shape = case.rows, case.vocabulary, case.hidden
+        if self._shape != shape:
+            self._inputs, self._shape = [], None
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()  # or blocks of other sizes stay in pieces
-            pairs = copies_for(2 * rows * vocabulary * DTYPE.itemsize, self._cache_bytes)
+            copies = copies_for(case.input_bytes(), self._cache_bytes)
             if self.device.type == "cpu":
-                pairs = 2
-            for seed in range(pairs):
-                self._pairs.append(make_pair(rows, vocabulary, self.device, DTYPE, seed))
-            self._shape = rows, vocabulary
-        return self._pairs
+                copies = 2
+            for seed in range(copies):
+                self._inputs.append(case.make_inputs(case.rows, self.device, seed))
+            self._shape = shape
+        return self._inputs
 
     def measure(self, case: Case) -> Result:
         """The result of a case: also one that runs out of memory, or fails, is a result."""
@@ -363,6 +453,7 @@ class Bench:
             "temperature": case.temperature,
             "rows": case.rows,
             "vocabulary": case.vocabulary,
+            "hidden": case.hidden,
             "BLOCK": case.launch and case.launch.BLOCK,
             "num_warps": case.launch and case.launch.num_warps,
         }
@@ -378,28 +469,30 @@ class Bench:
         return Result(**described, status=status)
 
     def _measured(self, case: Case) -> dict[str, Any]:
-        pairs = self._logits(case.rows, case.vocabulary)
+        inputs = self._inputs_of(case)
         phase = PHASES[case.phase]
 
         def prepare(i: int) -> Any:
-            return phase.prepare(case.loss, *pairs[i])
+            return phase.prepare(case.loss, *inputs[i])
 
         def run(state: Any) -> Any:
             return phase.run(case.loss, state)
 
         with launched_with(case.launch), counted_compilations() as compiled:
-            times = time_calls(prepare, run, len(pairs), self.device)
+            times = time_calls(prepare, run, len(inputs), self.device)
             peak = None
             if case.phase != "backward":  # its forward's memory would be counted or not, at will
                 peak = peak_beyond_inputs(prepare, run, self.device)
-        gb_per_s = case.compulsory_bytes() / times.median / 1e6
+        compulsory, model = case.compulsory_bytes(), case.model_bytes(self.device)
+        gb_per_s = compulsory and compulsory / times.median / 1e6
         return {
             **times._asdict(),
             "gb_per_s": gb_per_s,
-            "of_copy": gb_per_s / self.copy_gb_per_s,
+            "of_copy": gb_per_s and gb_per_s / self.copy_gb_per_s,
             "peak_mib": None if peak is None else peak / 2**20,
+            "model_mib": model and model / 2**20,
             "compilations": len(compiled),
-            "pairs": len(pairs),
+            "pairs": len(inputs),
         }
 
 
@@ -410,11 +503,15 @@ _OUR_LOSSES: dict[str, Loss] = {
     "forward_kl": akl_triton.forward_kl,
     "reverse_kl": akl_triton.reverse_kl,
 }
+# The first two never hold all logits.
+_FROM_HEADS: dict[str, Loss] = {
+    "linear_adaptive_kl": akl_triton.linear_adaptive_kl,
+    "linear_forward_kl": akl_triton.linear_forward_kl,
+    "adaptive_kl of all logits": adaptive_kl_of_all_logits,
+}
 
 
-def plan(
-    device: torch.device, backend: str, vocabularies: Sequence[int], rows: Sequence[int]
-) -> tuple[list[Case], dict[str, str]]:
+def plan(device: torch.device, backend: str, sizes: Sizes) -> tuple[list[Case], dict[str, str]]:
     """(the cases, most important first; peers that cannot be measured here, and why)."""
     theirs = [peer for peer in PEERS if not peer.is_ours]
     absent = {
@@ -447,7 +544,7 @@ def plan(
             if (peer.kind == "compiled") == compiled
         ]
 
-    adaptive = ours("adaptive_kl", tuple(PHASES))
+    adaptive = ours("adaptive_kl", tuple(ON_LOGITS))
     like_peers = ours("forward_kl", ("both",)) + ours("reverse_kl", ("both",))
     launches = list(
         itertools.chain.from_iterable(
@@ -456,20 +553,38 @@ def plan(
             if backend == "triton"
         )
     )
-    first, *others = rows
+    from_heads = [
+        functools.partial(
+            _case,
+            name,
+            OURS,
+            name.removeprefix("linear_").split()[0],
+            functools.partial(loss, backend=backend),
+            "linear",
+            hidden=sizes.hidden,
+            fused=loss is not adaptive_kl_of_all_logits,
+        )
+        for name, loss in _FROM_HEADS.items()
+    ]
+    first, others = sizes.rows[:1], sizes.rows[1:]
     parts = (
-        ((first,), adaptive),
-        ((first,), like_peers + peers("both")),
-        ((first,), launches),
-        ((first,), ours("adaptive_kl", ("forward", "both"), temperature=2.0)),
-        ((first,), peers("forward", "backward")),
-        (others, adaptive + like_peers + peers("both")),
-        ((first,), peers("both", compiled=True)),
+        (first, sizes.vocabularies, adaptive),
+        (first, sizes.vocabularies, like_peers + peers("both")),
+        (sizes.linear_rows, sizes.linear_vocabularies, from_heads),
+        (first, sizes.vocabularies, launches),
+        (
+            first,
+            sizes.vocabularies,
+            ours("adaptive_kl", ("forward", "both"), temperature=2.0),
+        ),
+        (first, sizes.vocabularies, peers("forward", "backward")),
+        (others, sizes.vocabularies, adaptive + like_peers + peers("both")),
+        (first, sizes.vocabularies, peers("both", compiled=True)),
     )
     return [
         case(n, vocabulary)
-        for row_counts, cases in parts
-        for n in row_counts
+        for rows, vocabularies, cases in parts
+        for n in rows
         for vocabulary in vocabularies
         for case in cases
     ], absent
@@ -552,7 +667,9 @@ class Report:
 
     def _draw(self) -> None:
         """Time over V, what of a copy is reached over V, memory over N."""
-        measured = [r for r in self.results if r.status == "ok" and r.BLOCK is None]
+        measured = [
+            r for r in self.results if r.status == "ok" and r.BLOCK is None and r.hidden is None
+        ]
         both = [r for r in measured if r.phase == "both" and r.temperature == 1.0]
         if not both:
             return
@@ -641,6 +758,7 @@ def facts_of(device: torch.device) -> dict[str, Any]:
         },
         "dtype": str(DTYPE).removeprefix("torch."),
         "logits": f"teacher = {DECAY} * Exp(1), student = teacher + N(0, 1): {make_pair.__name__}",
+        "heads": f"hidden N(0, 1), weight N(0, 9 / H): {make_heads.__name__}",
     }
 
 
@@ -694,8 +812,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if obstacle and not options.tiny:
         parser.error(f"our kernels cannot run: {obstacle}")
     backend = "torch" if obstacle else "triton"
-    sizes = (TINY_VOCABULARIES, TINY_ROWS) if options.tiny else (VOCABULARIES, ROWS)
-    cases, absent = plan(device, backend, *sizes)
+    cases, absent = plan(device, backend, TINY_SIZES if options.tiny else SIZES)
     if options.compile:
         return compile_all(cases, device)
     options.output.mkdir(parents=True, exist_ok=True)
@@ -715,10 +832,9 @@ def compile_all(cases: Sequence[Case], device: torch.device) -> int:
     """Every case of ours once, on two rows: N is no part of what is compiled."""
     for case in cases:
         if case.package == OURS and case.rows == cases[0].rows:
-            student, teacher = make_pair(2, case.vocabulary, device, DTYPE, 0)
             phase = PHASES[case.phase]
             with launched_with(case.launch):
-                phase.run(case.loss, phase.prepare(case.loss, student, teacher))
+                phase.run(case.loss, phase.prepare(case.loss, *case.make_inputs(2, device, 0)))
     synchronize(device)
     return 0
 
@@ -759,13 +875,17 @@ def measure_all(
 
 
 def line(case: Case, result: Result) -> str:
-    if result.median is None or result.gb_per_s is None or result.of_copy is None:
-        return f"{result.device}: {case.label}: {result.status}"
-    memory = "" if result.peak_mib is None else f", {result.peak_mib:,.1f} MiB"
-    return (
-        f"{result.device}: {case.label}: {result.median:.3f} ms, {result.gb_per_s:,.0f} GB/s, "
-        f"{result.of_copy:.2f} of a copy{memory}"
-    )
+    start = f"{result.device}: {case.label}"
+    if result.median is None:
+        return f"{start}: {result.status}"
+    figures = [f"{result.median:.3f} ms"]
+    if result.gb_per_s is not None and result.of_copy is not None:
+        figures += [f"{result.gb_per_s:,.0f} GB/s", f"{result.of_copy:.2f} of a copy"]
+    if result.peak_mib is not None:
+        figures.append(f"{result.peak_mib:,.1f} MiB")
+    if result.model_mib is not None:
+        figures.append(f"the model without gradients {result.model_mib:,.1f} MiB")
+    return f"{start}: {', '.join(figures)}"
 
 
 if __name__ == "__main__":

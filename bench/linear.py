@@ -31,7 +31,7 @@ from torch.utils.checkpoint import checkpoint
 
 from akl_triton import adaptive_kl, linear_adaptive_kl, linear_forward_kl
 from akl_triton.cli.bench import peak_memory, synchronize
-from akl_triton.linear import default_chunk_bytes
+from akl_triton.linear import chunk_rows, default_chunk_bytes
 from akl_triton.reference import authors_adaptive_kl
 
 VOCABULARY, HIDDEN = 49_152, 576
@@ -190,8 +190,8 @@ def _all(x: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def chunk_rows_of(inputs: Inputs) -> int:
     """Tokens a chunk that linear_adaptive_kl takes by default."""
     row = 2 * VOCABULARY * inputs.student_hidden.itemsize
-    rows = default_chunk_bytes(inputs.student_hidden.device) // row
-    return min(rows - rows % 128 if rows > 128 else rows, len(inputs.student_hidden))
+    chunk_bytes = default_chunk_bytes(inputs.student_hidden.device)
+    return min(chunk_rows(chunk_bytes, row), len(inputs.student_hidden))
 
 
 def predicted_bytes(inputs: Inputs) -> dict[str, int]:

@@ -18,10 +18,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from akl_triton import adaptive_kl
+import akl_triton
+from akl_triton import adaptive_kl, eager, linear
 from akl_triton.kernels.launch_table import CANDIDATES, Launch
 from bench import gpu, ptxcpu
 from bench.peers import OURS
+from tests.test_api import Trace
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
@@ -184,7 +186,7 @@ def test_figures(phase: str, tensors: int, monkeypatch: pytest.MonkeyPatch) -> N
     assert (result.median, result.percentile_80, result.repeats) == (1.0, 2.0, 7)
 
 
-@pytest.mark.parametrize("phase", gpu.PHASES)
+@pytest.mark.parametrize("phase", gpu.ON_LOGITS)
 def test_phases_do_what_they_say(phase: str) -> None:
     student, teacher = gpu.make_pair(3, 50, CPU, torch.float32, seed=0)
     before = student.detach().clone()
@@ -196,22 +198,90 @@ def test_phases_do_what_they_say(phase: str) -> None:
     assert student.grad is None
 
 
+@pytest.fixture
+def from_heads() -> dict[str, gpu.Case]:
+    """The cases that start from hidden states: 192 tokens, V = 4096, H = 64."""
+    sizes = gpu.Sizes((50,), (2,), (4096,), (192,), hidden=64)
+    return {c.name: c for c in gpu.plan(CPU, "torch", sizes)[0] if c.hidden}
+
+
+def test_what_starts_from_heads_gives_both_gradients(from_heads: dict[str, gpu.Case]) -> None:
+    """And those of AKL are the same with all logits and without."""
+    phase = gpu.PHASES["linear"]
+    student_hidden, student_weight, teacher_hidden, teacher_weight = heads = gpu.make_heads(
+        24, 500, 16, CPU, torch.float32, seed=0
+    )
+    logits = student_hidden @ student_weight.T
+    assert 2.8 < logits.std() < 3.2
+    for c in from_heads.values():
+        gradients = phase.run(c.loss, phase.prepare(c.loss, *heads))
+        loss = getattr(akl_triton, c.computes)(logits, teacher_hidden @ teacher_weight.T)
+        expected = torch.autograd.grad(loss, (student_hidden, student_weight), retain_graph=True)
+        for ours, exact in zip(gradients, expected, strict=True):
+            torch.testing.assert_close(ours, exact)
+            assert exact.abs().max() > 1e-4
+    assert {c.computes for c in from_heads.values()} == {"adaptive_kl", "forward_kl"}
+
+
+def test_the_model_of_memory(
+    from_heads: dict[str, gpu.Case], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """2 C V bytes + 4 V H: what is measured is that and the gradients; all logits are more."""
+    rows, vocabulary, hidden, chunk = 192, 4096, 64, 64
+    model = 2 * chunk * vocabulary * 2 + 4 * vocabulary * hidden
+    gradients = 2 * (rows + vocabulary) * hidden
+    monkeypatch.setitem(linear.CHUNK_BYTES, "cpu", 2 * chunk * vocabulary * 2)
+    monkeypatch.setattr(eager, "TEMPORARY_BYTES", 2**19)
+    monkeypatch.setattr(linear, "_BLOCK_BYTES", 2**16)
+    inputs = gpu.make_heads(rows, vocabulary, hidden, CPU, gpu.DTYPE, seed=0)
+    phase = gpu.PHASES["linear"]
+    peaks = {}
+    for name, c in from_heads.items():
+        with Trace() as trace:
+            phase.run(c.loss, phase.prepare(c.loss, *inputs))
+        peaks[name] = trace.peak()
+    for name in ("linear_adaptive_kl", "linear_forward_kl"):
+        assert from_heads[name].model_bytes(CPU) == model
+        assert model <= peaks[name] <= 1.1 * (model + gradients)
+    unfused = "adaptive_kl of all logits"
+    assert from_heads[unfused].model_bytes(CPU) is None
+    assert peaks[unfused] >= 2 * rows * vocabulary * 2
+    few = replace(from_heads["linear_adaptive_kl"], rows=5)  # less than a chunk
+    assert few.model_bytes(CPU) == 2 * 5 * vocabulary * 2 + 4 * vocabulary * hidden
+
+
+def test_a_result_from_heads(
+    from_heads: dict[str, gpu.Case], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A time beside the model; bytes per second would say nothing of products."""
+    c = from_heads["linear_adaptive_kl"]
+    code, report = run(tmp_path, c)
+    (result,) = report["results"]
+    assert code == 0 and result["median"] > 0 and result["pairs"] == 2
+    assert (result["hidden"], result["gb_per_s"], result["of_copy"]) == (64, None, None)
+    assert result["model_mib"] == (2 * 192 * 4096 * 2 + 4 * 4096 * 64) / 2**20
+    assert "ms, the model without gradients 4.0 MiB" in capsys.readouterr().out
+
+
 # ---- which cases
 
 
 def test_every_size_has_all_phases_and_launches() -> None:
-    cases, absent = gpu.plan(CPU, "triton", (1000, 1003), (16, 4))
+    cases, absent = gpu.plan(CPU, "triton", gpu.Sizes((1000, 1003), (16, 4), (1000,), (4,), 8))
     assert "torch authors, compiled" in absent
     for vocabulary in (1000, 1003):
         of_size = [c for c in cases if c.vocabulary == vocabulary]
         for rows in (16, 4):
             phases = {c.phase for c in of_size if c.rows == rows and c.name == "adaptive_kl"}
-            assert phases == set(gpu.PHASES)
+            assert phases == set(gpu.ON_LOGITS)
         launches = {c.launch for c in of_size} - {None}
         assert launches == set(CANDIDATES)
         assert any(c.package != OURS for c in of_size)
     assert len({c.label for c in cases}) == len(cases)
     assert cases[0].name == "adaptive_kl" and cases[0].rows == 16
+    heads = {(c.name, c.rows, c.vocabulary, c.hidden) for c in cases if c.phase == "linear"}
+    names = ("linear_adaptive_kl", "linear_forward_kl", "adaptive_kl of all logits")
+    assert heads == {(name, 4, 1000, 8) for name in names}
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="ptxcpu needs the C++ compiler g++")
