@@ -120,6 +120,41 @@ def test_check_fails_on_a_wrong_result(
     assert "1 of 2 cases agree" in capsys.readouterr().out
 
 
+def _gradient_of_a_sum(hidden: Tensor, weight: Tensor, reduction: str) -> Any:
+    return 1e-3 * weight[0, 0] if reduction == "sum" else 0.0
+
+
+def _gradient_per_token(hidden: Tensor, weight: Tensor, reduction: str) -> Any:
+    return 1e-3 * weight[0, 0] if reduction == "none" else 0.0
+
+
+def _hidden_gradient(hidden: Tensor, weight: Tensor, reduction: str) -> Any:
+    return 2e-1 * (hidden.diagonal() - 1) if reduction == "none" else 0.0
+
+
+@pytest.mark.parametrize("wrong_term", [_gradient_of_a_sum, _gradient_per_token, _hidden_gradient])
+def test_check_fails_on_a_wrong_fused_gradient(
+    wrong_term: Callable[[Tensor, Tensor, str], Any],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """In either pass, of either tensor, in either dtype."""
+    right = akl_triton.linear_adaptive_kl
+
+    def wrong(hidden: Tensor, weight: Tensor, *inputs: Tensor, **options: Any) -> Any:
+        output = right(hidden, weight, *inputs, **options)
+        term = wrong_term(hidden, weight, options["reduction"])
+        if isinstance(term, Tensor):
+            term = term - term.detach()
+        return (output[0] + term, output[1]) if isinstance(output, tuple) else output + term
+
+    monkeypatch.setattr(akl_triton, "linear_adaptive_kl", wrong)
+    cases = [case for case in check.CASES if case.name == "fused linear"]
+    monkeypatch.setattr(check, "CASES", [*cases, check.CASES[-1]])
+    assert main(["check", "--device", "cpu"]) == 1
+    assert "1 of 3 cases agree" in capsys.readouterr().out
+
+
 def test_check_fails_on_a_loss_for_ignored_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     right = akl_triton.adaptive_kl
 

@@ -1,7 +1,8 @@
 """Compare the installed kernels with the float64 oracle on this machine.
 
-Each case runs the loss, its backward and the gradient in place. A head is right if it is the
-oracle's for some mu' within 2e-6 of mu; loss and gradient must then be those of that head.
+Each case runs the loss, its backward and the gradient in place; a fused loss is given heads whose
+logits are those of the case, and its gradients are those of its two passes. A head is right if it
+is the oracle's for some mu' within 2e-6 of mu; loss and gradient must then be those of that head.
 """
 
 from __future__ import annotations
@@ -37,7 +38,9 @@ from akl_triton.reference import (
 MU_SLACK = 2e-6  # relative; where a cumulative mass hits mu, rounding decides
 LOSS_LIMIT = 1e-5  # of 1 + |loss|
 GRADIENT_LIMIT = 2e-6  # beyond what storing the exact gradient in its dtype costs
+PRODUCT_LIMIT = 2e-4  # of sum_j |x_j y_j|: a library's fp32 product over a whole vocabulary
 IGNORED = -100
+CHUNK_ROWS = 2  # of a fused loss: several chunks
 FIXED_WEIGHT = {"forward_kl": 1.0, "reverse_kl": 0.0, "mixed_kl": 0.3}
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 SHORT = {FP32: "fp32", BF16: "bf16", FP16: "fp16"}
@@ -99,6 +102,10 @@ def _ignore(student: Tensor, teacher: Tensor, labels: Tensor) -> None:
     teacher[::2] = torch.inf
 
 
+def _ignore_one(student: Tensor, teacher: Tensor, labels: Tensor) -> None:
+    labels[1] = IGNORED
+
+
 def _ignore_all(student: Tensor, teacher: Tensor, labels: Tensor) -> None:
     labels.fill_(IGNORED)
 
@@ -128,6 +135,8 @@ CASES = (
     Case("ignored rows hold NaN", edit=_ignore),
     Case("all rows ignored", edit=_ignore_all),
     Case("one row holds NaN", edit=_break_one),
+    Case("fused linear", 128256, loss="linear_adaptive_kl", edit=_ignore_one),
+    Case("fused linear", student_dtype=FP32, teacher_dtype=FP32, loss="linear_adaptive_kl"),
     Case("forward_kl", loss="forward_kl"),
     Case("reverse_kl", loss="reverse_kl"),
     Case("mixed_kl", loss="mixed_kl", options={"weight": FIXED_WEIGHT["mixed_kl"]}),
@@ -194,13 +203,49 @@ def compare(case: Case, student: Tensor, teacher: Tensor, labels: Tensor, backen
     """The worst over the rows of one case: forward, backward, and the gradient in place."""
     counted = labels != IGNORED
     upstream = torch.linspace(-1.0, 2.0, len(labels))
+    evaluate = through_heads if case.loss.startswith("linear_") else on_logits
+    outcome = evaluate(case, student, teacher, labels.to(student.device), upstream, backend)
 
+    expected = at_the_head_taken(case, student.cpu(), teacher.cpu(), outcome.head_size.cpu())
+    expected_gradient = upstream[:, None] * expected.gradient
+    rounding = torch.finfo(student.dtype).eps
+    scale = torch.where(counted, 1.0 + expected.loss.abs(), 1.0)
+    loss_error = worst(
+        (outcome.loss.cpu() / scale)[:, None], (expected.loss / scale)[:, None], counted, 0.0
+    )
+    gradient_errors = [
+        worst(gradient.cpu(), expected_gradient, counted, rounding * expected_gradient.abs())
+        for gradient in outcome.gradients
+    ]
+    if outcome.hidden_gradient is not None:
+        size = student.abs().max().item()
+        weight = student.cpu().double().t() / size
+        stored = max(rounding, PRODUCT_LIMIT) * (expected_gradient.abs() @ weight.abs())
+        actual = outcome.hidden_gradient.cpu() / size
+        gradient_errors.append(worst(actual, expected_gradient @ weight, counted, stored))
+    return Result(
+        loss_error, max(gradient_errors), wrong_heads=int((expected.wrong_head & counted).sum())
+    )
+
+
+class Outcome(NamedTuple):
+    """What a loss gave for a case, on the device."""
+
+    loss: Tensor  # [N]
+    head_size: Tensor  # [N]
+    gradients: list[Tensor]  # [N, V_s] of sum upstream * loss, in each way that there is
+    hidden_gradient: Tensor | None  # [N, N] of fused losses
+
+
+def on_logits(
+    case: Case, student: Tensor, teacher: Tensor, labels: Tensor, upstream: Tensor, backend: str
+) -> Outcome:
     def evaluate(**options: Any) -> tuple[Any, Tensor]:
         leaf = student.clone().requires_grad_()
         output = getattr(akl_triton, case.loss)(
             leaf.clone(),  # a leaf cannot be overwritten
             teacher,
-            labels.to(student.device),
+            labels,
             reduction="none",
             backend=backend,
             **case.options,
@@ -209,30 +254,48 @@ def compare(case: Case, student: Tensor, teacher: Tensor, labels: Tensor, backen
         loss = output[0] if isinstance(output, tuple) else output
         loss.backward(upstream.to(student.device))
         assert leaf.grad is not None
-        return output, leaf.grad.cpu()
+        return output, leaf.grad
 
     (loss, stats), gradient = evaluate(return_stats=True)
     _, gradient_in_place = evaluate(inplace=True)
-
-    expected = at_the_head_taken(case, student.cpu(), teacher.cpu(), stats.head_size.cpu())
-    expected_gradient = upstream[:, None] * expected.gradient
-    rounding = torch.finfo(student.dtype).eps
-    scale = torch.where(counted, 1.0 + expected.loss.abs(), 1.0)
-    return Result(
-        loss_error=worst(
-            (loss.detach().cpu() / scale)[:, None], (expected.loss / scale)[:, None], counted, 0.0
-        ),
-        gradient_error=max(
-            worst(actual, expected_gradient, counted, rounding)
-            for actual in (gradient, gradient_in_place)
-        ),
-        wrong_heads=int((expected.wrong_head & counted).sum()),
-    )
+    return Outcome(loss.detach(), stats.head_size, [gradient, gradient_in_place], None)
 
 
-def worst(actual: Tensor, exact: Tensor, counted: Tensor, rounding: float) -> float:
-    """Largest error in [N, K] beyond `rounding` of the exact value; ignored rows must be 0."""
-    error = (actual - exact).abs() - rounding * exact.abs()
+def through_heads(
+    case: Case, student: Tensor, teacher: Tensor, labels: Tensor, upstream: Tensor, backend: str
+) -> Outcome:
+    """With hidden states I and weights that are the transposed logits, the products are exact."""
+    n, device = len(labels), student.device
+
+    def evaluate(upstream: Tensor, **options: Any) -> tuple[Any, Tensor, Tensor]:
+        hidden = torch.eye(n, device=device, dtype=student.dtype).requires_grad_()
+        weight = student.t().contiguous().requires_grad_()
+        row_bytes = student[0].nbytes + teacher[0].nbytes
+        output = getattr(akl_triton, case.loss)(
+            hidden,
+            weight,
+            torch.eye(n, device=device, dtype=teacher.dtype),
+            teacher.t().contiguous(),
+            labels,
+            chunk_bytes=CHUNK_ROWS * row_bytes,
+            backend=backend,
+            **case.options,
+            **options,
+        )
+        loss = output[0] if isinstance(output, tuple) else output
+        loss.backward(upstream)
+        assert hidden.grad is not None and weight.grad is not None
+        return output, weight.grad.t(), hidden.grad
+
+    up = upstream.to(device)
+    (loss, stats), late, hidden_gradient = evaluate(up, reduction="none", return_stats=True)
+    _, of_sum, _ = evaluate(torch.ones((), device=device), reduction="sum")
+    return Outcome(loss.detach(), stats.head_size, [late, up[:, None] * of_sum], hidden_gradient)
+
+
+def worst(actual: Tensor, exact: Tensor, counted: Tensor, allowed: Tensor | float) -> float:
+    """Largest error in [N, K] beyond what is allowed; ignored rows must be 0."""
+    error = (actual - exact).abs() - allowed
     error = torch.where(actual.isnan() & exact.isnan(), 0.0, error).nan_to_num(torch.inf)
     ignored = torch.where(actual == 0, 0.0, torch.inf)
     return float(torch.where(counted[:, None], error, ignored).max().clamp(min=0.0))
@@ -253,7 +316,7 @@ def at_the_head_taken(case: Case, student: Tensor, teacher: Tensor, size: Tensor
         reference_adaptive_kl(student, teacher, **case.options | {"weight": weight})
         for weight in (1.0, 0.0)
     )
-    if case.loss == "adaptive_kl":
+    if case.loss not in FIXED_WEIGHT:
         weight, wrong_head = weight_of_head(student, teacher, size, **case.options)
     else:
         weight = torch.full_like(forward.loss, FIXED_WEIGHT[case.loss])
