@@ -58,6 +58,7 @@ else
     step tests-kernels 230 "${pytest[@]}" tests/kernels --ignore=tests/kernels/test_oracle.py &
     step tests-api 230 "${pytest[@]}" tests/test_api.py tests/test_bad_input.py \
         tests/test_operators.py &
+    step tests-linear 230 "${pytest[@]}" tests/test_linear.py &
     step compile 230 "$python" -m bench.gpu --compile &
     wait
 fi
