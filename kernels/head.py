@@ -47,8 +47,8 @@ def key_of(x, dtype: tl.constexpr):
         return bits ^ ((bits >> 31) & 0x7FFF)
     bits = x.to(tl.int32, bitcast=True)
     key = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    if dtype == tl.bfloat16:
-        key = (key + 0x8000) >> 16
+    if dtype == tl.bfloat16:  # a negative number of bf16 ends in ones, and would be rounded up
+        key = ((key + 0x8000) >> 16) + (key >> 31)
     return key
 
 
@@ -354,7 +354,7 @@ def _cut_behind(t_row, lead, end_t, crossing, k, ties, BLOCK: tl.constexpr):
             noted += tl.where(t == crossing, ONE + (1 << i), 0)
         count = tl.sum(noted >> CHUNK, axis=0)
         walked += 1
-    # The first tie behind the cut, from the front of the chunk: which block, and where in it.
+    # The last tie before the cut, counted from the front of the chunk: which block, where in it.
     rank = tl.where(onwards, wanted - seen, count - (wanted - seen))
     block = 0
     before = 0
