@@ -1,3 +1,4 @@
+# Device code cannot be annotated.
 # mypy: ignore-errors
 """`python -m bench.on_chip`: a trial, compiled and never run, of a row that stays in registers.
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from akl_triton.kernels.launch_table import launch_for
 from akl_triton.reference import Head, Ties
 from tests.kernels.rows import KINDS, assert_right, make_rows, run
 
@@ -137,6 +138,18 @@ def test_minus_infinity(dtype: torch.dtype, device: torch.device) -> None:
     teacher[7, 50:60] = student[7, 50:60] = lowest  # a mask that is no infinity
     teacher[3, :2200] = -torch.inf
     assert_right(run(student, teacher), student, teacher)
+
+
+def test_heavy_tokens_behind_a_slot_maximum(device: torch.device) -> None:
+    """Columns a block apart share a slot, and of two only the heavier is its maximum."""
+    v, block = 5003, launch_for(5003).BLOCK
+    student, teacher = (x.to(device) for x in make_rows(v, v, BF16, BF16, seed=11))
+    student, teacher = student[:4], torch.zeros_like(teacher[:4])
+    for row, logits in enumerate(((12.0, 11.5), (11.5, 12.0), (12.0, 12.0), (9.0, 12.0))):
+        teacher[row, 7], teacher[row, 7 + block] = logits
+        teacher[row, 900:903] = 11.0
+    for mu in (0.1, 0.5, 0.7, 0.9):
+        assert_right(run(student, teacher, mu=mu), student, teacher, mu=mu)
 
 
 def test_rows_that_are_not_valid_are_nan_alone(device: torch.device) -> None:
