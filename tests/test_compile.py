@@ -120,7 +120,10 @@ def test_both_ways_give_the_same_code() -> None:
         num_warps=2,
         target="sm_90",
     )
-    assert kernel.asm["ptx"] == launches[0].compiled.asm["ptx"]
+    # What follows the code names the folder that it was compiled in, which need not be this one:
+    # Triton's cache serves all folders.
+    code, other = (k.asm["ptx"].partition(".file")[0] for k in (kernel, launches[0].compiled))
+    assert code == other and "st.global" in code
 
 
 def test_bad_requests_name_what_is_wrong() -> None:
