@@ -19,8 +19,13 @@ class Case(NamedTuple):
     """The heading of a budget."""
 
     loss: str
+    options: str  # a key of bench.instructions.OPTIONS
     target: str
     vocabulary: int
+
+    def __str__(self) -> str:
+        options = f" with {self.options}" if self.options else ""
+        return f"{self.loss}{options}, {self.target}, V = {self.vocabulary}"
 
 
 def budgets() -> tuple[str, dict[Case, dict[str, float]]]:
@@ -31,15 +36,17 @@ def budgets() -> tuple[str, dict[Case, dict[str, float]]]:
 
 
 def _case(name: str) -> Case:
-    found = re.fullmatch(r"(\w+), (\w+), V = (\d+)", name)
+    found = re.fullmatch(r"(\w+)(?: with ([\w ]+))?, (\w+), V = (\d+)", name)
     if found is None:
-        raise ValueError(f"{BUDGETS.name}: expected 'loss, target, V = n', got {name!r}")
-    return Case(found.group(1), found.group(2), int(found.group(3)))
+        expected = "'loss, target, V = n' or 'loss with options, target, V = n'"
+        raise ValueError(f"{BUDGETS.name}: expected {expected}, got {name!r}")
+    loss, options, target, vocabulary = found.groups()
+    return Case(loss, options or "", target, int(vocabulary))
 
 
 def figures(case: Case) -> dict[str, float]:
     """What the kernels of a case cost, by the names of budgets.toml."""
-    costs = kernel_costs(*case)
+    costs = kernel_costs(case.loss, case.target, case.vocabulary, options=case.options)
     # The search for the cut has to add up what it passes.
     loops = [stage for cost in costs.values() for stage in cost.stages if stage.stage != CUT]
     ways = [[costs[name] for name in names] for names in (IN_ONE, SEPARATE)]
@@ -77,8 +84,7 @@ def exceeded(case: Case, found: Mapping[str, float], budget: Mapping[str, float]
         if figure < limit if name in AT_LEAST else figure > limit:
             bound = "at least " if name in AT_LEAST else ""
             lines.append(
-                f"{case.loss} on {case.target}, V = {case.vocabulary:,}: {name} is {figure:g}, "
-                f"the budget is {bound}{limit:g} ({BUDGETS.name})"
+                f"{case}: {name} is {figure:g}, the budget is {bound}{limit:g} ({BUDGETS.name})"
             )
     return lines
 
@@ -88,7 +94,7 @@ def main() -> int:
     for case, budget in budgets()[1].items():
         found = figures(case)
         over += exceeded(case, found, budget)
-        print(f"{case.loss}, {case.target}, V = {case.vocabulary}")
+        print(case)
         for name, figure in found.items():
             print(f"  {name:16} {figure:6.1f}   budget {budget[name]:g}")
     print("\n".join(over) or "all within their budgets")

@@ -1,8 +1,9 @@
 """Below which time no GPU can be: a floor from bytes, exponentials and instructions, never a time.
 
-    floor = max(bytes / bandwidth, exps / MUFU rate, instructions / issue rate)
+    floor = max(bytes / copy, exps / MUFU rate, instructions / issue rate)
 
-per vocabulary position, times V. Twice: with every sweep of a row served by the memory, and with
+`copy` is the fastest that the memory was ever reported to be, or else the rate of its pins. This
+is per vocabulary position, times V. Twice: with every sweep of a row served by the memory, and with
 the second and later sweeps of a kernel served by the L2, so that it reads every logit once. Where a
 floor lies between the two hangs on how many of the row pairs in flight the L2 holds. A real kernel
 waits, too: a floor says what it can not beat, and which of the three to work on.
@@ -195,7 +196,8 @@ def _row(
 
 def markdown(data: dict[str, Any]) -> str:
     parts = [
-        "A floor is a time that no run can beat, not a time that a run takes; no GPU was asked. "
+        "A floor is a time that no run is known to beat, not a time that a run takes; no GPU was "
+        "asked. "
         "Nanoseconds per row of forward and backward, bf16, the whole GPU at work: with the later "
         "sweeps of a kernel served by the L2, to: with all served by memory. Bytes, exps and "
         "instructions are per vocabulary position; bytes likewise with the L2 to without. Of what "
@@ -213,7 +215,11 @@ def markdown(data: dict[str, Any]) -> str:
             f"{device['sms']} SMs at {device['clock'] / 1e9:.2f} GHz, {device['mufu']} exps and "
             f"{device['issue']} instructions a clock and SM, L2 {device['l2'] / 1e6:.0f} MB, "
             f"{device['bandwidth'] / 1e12:.2f} TB/s"
-            + (f", of which {copy / 1e12:.2f} are counted with" if copy else " (data sheet)")
+            + (
+                f", of which {copy / 1e12:.2f}, the most that anybody reported, are counted with"
+                if copy
+                else ""
+            )
             + ". Machine code for "
             f"{device['target']}. Row pairs in flight, `adaptive_kl` in place: "
             + ", ".join(

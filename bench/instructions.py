@@ -9,6 +9,7 @@ first and last block of a row) is not in it; ``misaligned`` counts whole rows in
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -37,6 +38,14 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
     "adaptive_kl": akl_triton.adaptive_kl,
     "forward_kl": akl_triton.forward_kl,
     "reverse_kl": akl_triton.reverse_kl,
+}
+# What a call may ask for besides, which makes other kernels of the same loss.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "": {},
+    "inclusive head": {"head": "inclusive"},
+    "average ties": {"ties": "average"},
+    "statistics": {"return_stats": True},
+    "softcaps": {"student_softcap": 30.0, "teacher_softcap": 30.0},
 }
 # Which kernels a call launches, in order. The first two are what a loss with its backward launches.
 SEPARATE = ("forward", "backward")
@@ -151,24 +160,25 @@ def _block(launch: RecordedLaunch) -> int:
 
 
 def record(
-    loss: str, target: str, vocabulary: int, dtype: str = "bf16", rows: int = 2
+    loss: str, target: str, vocabulary: int, dtype: str = "bf16", options: str = "", rows: int = 2
 ) -> dict[str, RecordedLaunch]:
     """The kernels that a loss launches, by their place in SEPARATE and IN_ONE."""
     student = torch.zeros(rows, vocabulary, dtype=DTYPES[dtype])
     teacher = torch.zeros_like(student)
-    function = LOSSES[loss]
+    function = functools.partial(LOSSES[loss], **OPTIONS[options], backend="triton")
     with record_launches(target) as launches:
-        function(student.requires_grad_(), teacher, backend="triton").backward()  # type: ignore[no-untyped-call]
+        result = function(student.requires_grad_(), teacher)
+        (result[0] if isinstance(result, tuple) else result).backward()  # type: ignore[no-untyped-call]
         # The gradient goes over the logits, which must be no leaf.
-        function(student.clone(), teacher, inplace=True, backend="triton")
+        function(student.clone(), teacher, inplace=True)
     return dict(zip((*SEPARATE, *IN_ONE), launches, strict=True))
 
 
 def kernel_costs(
-    loss: str, target: str, vocabulary: int, dtype: str = "bf16"
+    loss: str, target: str, vocabulary: int, dtype: str = "bf16", options: str = ""
 ) -> dict[str, KernelCost]:
     """Cost of each kernel that the loss launches."""
-    launches = record(loss, target, vocabulary, dtype)
+    launches = record(loss, target, vocabulary, dtype, options)
     return {name: _our_cost(name, launch, dtype) for name, launch in launches.items()}
 
 
@@ -357,6 +367,17 @@ def collect() -> dict[str, Any]:
             for vocabulary in VOCABULARIES
             if dtype == "bf16" or (target, vocabulary) == (MAIN_TARGET, MAIN_VOCABULARY)
         ),
+        "options": _grouped(
+            (
+                {"loss": loss, "options": options},
+                MAIN_VOCABULARY,
+                kernel_costs(loss, MAIN_TARGET, MAIN_VOCABULARY, options=options),
+            )
+            for loss in ("adaptive_kl", "forward_kl")
+            for options in OPTIONS
+            # Without a head there is no choice of it.
+            if loss == "adaptive_kl" or options in ("", "statistics", "softcaps")
+        ),
         "peers": _grouped(
             (
                 {
@@ -412,6 +433,10 @@ def markdown(data: dict[str, Any]) -> str:
             f"`forward with gradient`, V = {MAIN_VOCABULARY:,}. On gfx942 a wave has 64 lanes, the "
             "registers are vector registers, and blocks are those of a compute unit.",
             table(("GPU", "dtype", *COLUMNS[:1], *COLUMNS[3:]), _other_rows(ours), texts=3),
+            f"### Ours with options, {MAIN_TARGET}, bf16",
+            f"`forward with gradient`, V = {MAIN_VOCABULARY:,}. Statistics: `return_stats=True`. "
+            "Softcaps: on both sides; a tanh is made of an exp, a division and a polynomial.",
+            table(("loss", "with", *COLUMNS[3:]), _option_rows(data["options"]), texts=2),
             f"### Beside the peers, {MAIN_TARGET}, bf16",
             "Each with its own launch settings: block x warps of the forward and the backward "
             "kernel. Not counted: what PyTorch's own kernels do before and behind Liger's, a "
@@ -526,6 +551,12 @@ def _other_rows(cases: Iterable[dict[str, Any]]) -> list[tuple[str, ...]]:
         (case["target"], case["dtype"], case["loss"], *_figures(case["kernels"][IN_ONE[0]]))
         for case in cases
         if MAIN_VOCABULARY in case["vocabularies"] and not _is_main(case)
+    ]
+
+
+def _option_rows(cases: Iterable[dict[str, Any]]) -> list[tuple[str, ...]]:
+    return [
+        (case["loss"], case["options"], *_figures(case["kernels"][IN_ONE[0]])) for case in cases
     ]
 
 
