@@ -1,7 +1,7 @@
 """Every check of user input, made once at the public door, before anything is launched or written.
 
 Messages name the argument, what was expected and what came: shapes and dtypes, never values of
-tensors. Nothing here reads a tensor's data, so nothing waits for a device.
+tensors. Nothing here reads data on a device, so nothing waits for one.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor
 
 LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LABEL_DTYPES = (torch.int64, torch.int32)
+LARGEST = torch.finfo(torch.float32).max
 # What to do instead of passing a part of a tensor.
 LOCAL = "pass .full_tensor(), or .to_local() where it is not sharded over the vocabulary"
 GATHER = (
@@ -167,14 +168,18 @@ def check_num_items(
             )
         if num_items.device.type != "cpu":
             check_device("num_items", num_items, student, of)
-        return
-    check_integer("num_items", num_items)
-    if num_items <= 0:
+            return
+        if torch.compiler.is_compiling():
+            return
+        num_items = num_items.item()  # type: ignore[assignment]
+    else:
+        check_integer("num_items", num_items)
+    if not num_items > 0:  # also NaN
         raise ValueError(f"num_items: expected > 0, got {num_items}")
 
 
-def check_inplace(student: Tensor) -> None:
-    """The student logits may be overwritten: they own their elements and are no parameter."""
+def check_inplace(student: Tensor, teacher: Tensor) -> None:
+    """The student logits may be overwritten: nobody else's elements, and no parameter."""
     if not student.is_contiguous():
         what = "an expanded" if 0 in student.stride() else "a non-contiguous"
         raise ValueError(
@@ -188,12 +193,42 @@ def check_inplace(student: Tensor) -> None:
             f"inplace: expected student_logits computed by a model, got {what} that requires grad "
             f"{_describe(student)}, which must not be overwritten"
         )
+    if not torch.compiler.is_compiling() and _overlap(student, teacher):
+        raise ValueError(
+            "inplace: expected teacher_logits that share no memory with student_logits, got "
+            f"{_describe(teacher)}, of which some would be overwritten"
+        )
+
+
+def _overlap(a: Tensor, b: Tensor) -> bool:
+    """Whether the bytes from the first to the last element of both have any in common."""
+    if a.device.type == "meta" or not a.numel() or not b.numel():
+        return False
+    (first_a, end_a), (first_b, end_b) = _span(a), _span(b)
+    return first_a < end_b and first_b < end_a
+
+
+def _span(x: Tensor) -> tuple[int, int]:
+    last = sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True))
+    return x.data_ptr(), x.data_ptr() + (last + 1) * x.element_size()
+
+
+def check_can_be_saved(name: str, tensor: Tensor) -> None:
+    """Autograd keeps no tensors of torch.inference_mode() for a backward."""
+    # A compiled graph cannot ask, and says so itself where it keeps one.
+    if not torch.compiler.is_compiling() and tensor.is_inference():
+        raise ValueError(
+            f"{name}: expected a tensor that autograd can keep for the backward (compute it under "
+            f"torch.no_grad(), or pass {name}.clone()), got {_describe(tensor)} made under "
+            "torch.inference_mode()"
+        )
 
 
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
     """One of a few strings."""
-    if value not in choices:
-        raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
+    if not isinstance(value, str) or value not in choices:
+        came = repr(value) if isinstance(value, (str, int)) else type(value).__name__
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {came}")
 
 
 def check_number(
@@ -204,11 +239,12 @@ def check_number(
     below: float = math.inf,
     closed: bool = False,
 ) -> None:
-    """A finite number strictly between the bounds, or between and including them."""
+    """A number of fp32 strictly between the bounds, or between and including them."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
     inside = above <= value <= below if closed else above < value < below
-    if not inside:  # also NaN; math.isfinite would break a graph of torch.compile(dynamic=True)
+    # NaN, too, is refused; math.isfinite would break a graph of torch.compile(dynamic=True).
+    if not inside or not -LARGEST <= value <= LARGEST:
         brackets = "[]" if closed else "()"
         raise ValueError(
             f"{name}: expected a finite number in {brackets[0]}{above:g}, {below:g}{brackets[1]}, "

@@ -99,11 +99,12 @@ def adaptive_kl(
         shift: compare the logits of position i with label i + shift (1: next-token labels as in
             the batch); the last positions then have no label and do not count.
         reduction: "none" (shape of labels), "sum", or "mean" over the tokens that count.
-        num_items: replaces that count in the mean: an int or a 0-d tensor > 0 (not checked: that
-            would wait for the device), the tokens of all micro-batches of a step.
+        num_items: replaces that count in the mean: an int or a 0-d tensor > 0 (on a GPU not
+            checked: that would wait for it), the tokens of all micro-batches of a step.
         scale_by_t2: multiply loss and gradient by T^2 (Hinton et al., arXiv 1503.02531).
         inplace: compute the gradient in the forward pass into the storage of ``student_logits``,
-            which are consumed. Only where a gradient is needed; one backward pass.
+            which are consumed: whatever else reads them must have done so. Only where a gradient
+            is needed; one backward pass.
         return_stats: also return ``DivergenceStats``.
         backend: "auto" is "triton" where it can run, else "torch".
 
@@ -115,9 +116,14 @@ def adaptive_kl(
         in the dtype of ``student_logits``. Computation is fp32, also under autocast. Finite logits
         are exact up to a magnitude of 2^24 * T.
 
+    torch.compile:
+        has no graph break. PyTorch makes constants of mu, T and other floats: a schedule of them
+        belongs outside of the compiled function, or compiles it anew for every value.
+
     Raises:
         ValueError, TypeError: an argument is not as above; nothing has been launched or written.
-        RuntimeError: the gradient is differentiated, or used twice with ``inplace``.
+        RuntimeError: the gradient is differentiated; or, with ``inplace``, used twice or
+            overwritten before it is used.
 
     Reference:
         Wu et al., "Rethinking Kullback-Leibler Divergence in Knowledge Distillation for Large
@@ -392,7 +398,9 @@ def _divergence(
     checks.check_labels(labels, student, shift, ignore_index)
     checks.check_num_items(num_items, reduction, student)
     if inplace:
-        checks.check_inplace(student)
+        checks.check_inplace(student, teacher)
+    elif student.requires_grad and torch.is_grad_enabled():
+        checks.check_can_be_saved("teacher_logits", teacher)
     chosen = ops.resolve_backend(backend, student.device.type)
 
     tokens = student.shape[:-1]
@@ -401,16 +409,12 @@ def _divergence(
     if scale_by_t2:
         factor = factor * rule.temperature**2
     options = (*rule, return_stats, chosen)
-    rows_s, rows_t = ops.as_rows(student), ops.as_rows(teacher)
-    if rows_s.shape != (*rows_t.shape[:2], rows_s.shape[2]):  # one needed two strides, one did not
-        rows_s, rows_t = (x.reshape(*student.shape[:2], x.shape[-1]) for x in (student, teacher))
+    rows_s, rows_t = ops.as_rows(student, teacher)
 
     if inplace and student.requires_grad and torch.is_grad_enabled():
         # Multiplied, not copied to the device: a copy would wait for it.
         scale = torch.ones((), dtype=torch.float32, device=student.device) * factor
-        loss, stats = ops.InPlaceDivergence.apply(
-            rows_s, rows_t, counted, scale.expand(tokens.numel()), *options
-        )  # type: ignore[no-untyped-call]
+        loss, stats = ops.InPlaceDivergence.apply(rows_s, rows_t, counted, scale, *options)  # type: ignore[no-untyped-call]
     else:
         loss, _, stats = ops.divergence(rows_s, rows_t, counted, *options)
         loss = loss * factor

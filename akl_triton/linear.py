@@ -41,7 +41,6 @@ from .rows import STATS
 CHUNK_BYTES = {"cpu": 2**28}
 CHUNK_BYTES_ELSEWHERE = 2**30
 _ROW_TILE = 128  # chunks are multiples of this where they can be: GEMMs come in such tiles
-_BLOCK_BYTES = 16 * 2**20  # temporaries of sums whose dtype is not that of the GEMM
 
 
 def linear_adaptive_kl(
@@ -89,10 +88,12 @@ def linear_adaptive_kl(
         accum_dtype: in which the gradients of weight and bias are summed over the chunks.
 
     Memory beyond inputs and gradients: the chunk, and the sum of the weight's gradient, ``V_s H_s``
-    of accum_dtype, where the weight requires grad; under torch.no_grad() the chunk alone. With
-    ``reduction="none"`` and a weight or bias that requires grad, backward computes the logits once
-    more; in every other case the weights are not needed after the forward pass. With labels, their
-    number of tokens that count is read once, before the first product, which waits for the device.
+    of accum_dtype, where the weight requires grad; under torch.no_grad() the chunk alone. Autocast
+    copies a weight of another dtype to its own, here as in every product: a frozen teacher's should
+    have it. With ``reduction="none"`` and a weight or bias that requires grad, backward computes
+    the logits once more; in every other case the weights are not needed after the forward pass.
+    With labels, their number of tokens that count is read once, before the first product, which
+    waits for the device.
 
     Sharded parameters:
         FSDP2 and ZeRO-3 hold parts of the weight, which are refused. Call the loss in the
@@ -382,6 +383,11 @@ class _Plan(NamedTuple):
         return student + sides.teacher_weight.shape[0] * self.teacher_dtype.itemsize
 
     @property
+    def headroom(self) -> float:
+        """By which gradients are multiplied whose upstream gradient is not known."""
+        return ops.HEADROOM.get(self.student_dtype, 1.0)
+
+    @property
     def any_gradient(self) -> bool:
         return self.hidden_gradient or self.weight_gradient or self.bias_gradient
 
@@ -426,13 +432,17 @@ def _linear_divergence(
         backend=ops.resolve_backend(backend, student.device.type),
     )
     checks.check_chunk_bytes(plan.chunk_bytes, plan.bytes_per_row(sides))
+    per_token = reduction == "none"
+    if _late(plan, per_token):
+        for name, tensor in sides._asdict().items():
+            if tensor is not None:
+                checks.check_can_be_saved(name, tensor)
 
     tokens = student.shape[:-1]
     counted = None if labels is None else counted_tokens(labels, ignore_index, shift)
     factor = row_factor(tokens.numel(), counted, reduction, num_items)
     if scale_by_t2:
         factor = factor * rule.temperature**2
-    per_token = reduction == "none"
     rows = sides._replace(
         student_hidden=student.reshape(-1, student.shape[-1]),
         teacher_hidden=teacher.reshape(-1, teacher.shape[-1]),
@@ -475,7 +485,7 @@ _ARGUMENTS = """
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def linear_divergence(*inputs):  # type: ignore[no-untyped-def]
-    """(loss [] or [N] fp32, stats [N, 6] or [0, 6] fp32, gradients of the summed loss).
+    """(loss [] or [N] fp32, stats [N, 6] or [0, 6] fp32, gradients of `headroom` * summed loss).
 
     The gradients are [N, H_s], [V_s, H_s] and [V_s], or [0] where the forward pass gives none."""
     sides, counted, rule, plan, per_token, with_stats = _unpack(inputs)
@@ -499,9 +509,7 @@ def linear_divergence_backward(upstream, *inputs):  # type: ignore[no-untyped-de
 def scaled(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """factor * x in `dtype`, rounded once; factor [] or one for each x[i]."""
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
-    step = max(_BLOCK_BYTES // max(x[:1].numel() * 4, 1), 1)
-    for start in range(0, x.shape[0], step):  # on a CPU a conversion goes through a temporary
-        block = slice(start, start + step)
+    for block in ops.blocks(x):
         by = factor[block].view(-1, *[1] * (x.dim() - 1)) if factor.dim() else factor
         torch.mul(x[block], by, out=out[block])
     return out
@@ -589,6 +597,8 @@ def _differentiate(ctx, upstream, *_):  # type: ignore[no-untyped-def]
     if ctx.late:
         saved = linear_divergence_backward(upstream, *saved, *rule, *plan)
         upstream = torch.ones((), dtype=torch.float32, device=upstream.device)
+    else:
+        upstream = upstream / plan.headroom
     gradients = [
         scaled(x, upstream, dtype) if some else None
         for x, dtype, some in zip(saved, ctx.dtypes, wanted, strict=True)
@@ -607,7 +617,7 @@ def _sweep(
     with_stats: bool,
     upstream: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss [N], stats, gradients of sum upstream * loss); upstream None is 1 for every token."""
+    """(loss [N], stats, gradients of sum upstream * loss); upstream None is `headroom` for all."""
     student, teacher = sides.student_hidden, sides.teacher_hidden
     n, device = student.shape[0], student.device
     loss = torch.zeros(n, device=device)
@@ -622,7 +632,7 @@ def _sweep(
         sides.teacher_weight.to(plan.teacher_dtype),
     )
     buffers = [weight.new_empty(step, weight.shape[0]) for weight in weights]
-    ones = torch.ones(1, device=device)
+    headroom = torch.full((1,), plan.headroom, device=device)
     for start in range(0, count, max(step, 1)):
         end = min(start + step, count)
         rows = slice(start, end) if counting is None else counting[start:end]
@@ -633,7 +643,7 @@ def _sweep(
         result = ops.empty_result(s[None], with_stats)
         factor = None
         if plan.any_gradient:
-            factor = ones.expand(end - start) if upstream is None else upstream[rows]
+            factor = headroom.expand(end - start) if upstream is None else upstream[rows]
         ops.forward_rows(s[None], t[None], None, result, rule, plan.backend, factor)
         loss[rows] = result.loss
         if with_stats:
@@ -663,17 +673,11 @@ def _add_product(total: Tensor, ds: Tensor, hidden: Tensor) -> None:
         torch.addmm(total, ds.t(), hidden, out_dtype=torch.float32, out=total)
     else:  # no GEMM sums bf16 in fp32 here: it is given copies, a block of them at a time
         wide = hidden.to(total.dtype)
-        for block in _blocks(ds):
+        for block in ops.blocks(ds.t()):
             total[block].addmm_(ds[:, block].t().to(total.dtype), wide)
 
 
 def _add_sum(total: Tensor, ds: Tensor) -> None:
     """total [V] += sum of ds over the tokens."""
-    for block in _blocks(ds):
+    for block in ops.blocks(ds.t()):
         total[block] += ds[:, block].sum(0, dtype=total.dtype)
-
-
-def _blocks(ds: Tensor) -> list[slice]:
-    """Columns of ds [n, V], as many as fit into the temporaries in fp32."""
-    step = max(_BLOCK_BYTES // (4 * ds.shape[0]), 1)
-    return [slice(start, start + step) for start in range(0, ds.shape[1], step)]

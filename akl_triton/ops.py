@@ -8,6 +8,7 @@
 Logits are [outer, inner, V] with unit stride in V (`as_rows`), N = outer * inner rows.
 """
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -51,17 +52,34 @@ def resolve_backend(backend: str, device_type: str) -> str:
 resolve_backend._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def as_rows(logits: Tensor) -> Tensor:
-    """[..., V] as [outer, inner, V] with unit stride in V: a view wherever strides allow it.
+def as_rows(student: Tensor, teacher: Tensor) -> list[Tensor]:
+    """Both [..., V] as [outer, inner, V] with unit stride in V: views wherever strides allow it.
 
     A batch of sequences, sliced or not, is a view; a copy is made of logits whose last dimension is
     not contiguous or whose leading dimensions need more than two strides."""
-    vocabulary = logits.shape[-1]
-    if logits.stride(-1) != 1 and vocabulary > 1:
-        logits = logits.contiguous()
-    if logits.dim() == 3 and logits.stride(0) != logits.stride(1) * logits.shape[1]:
-        return logits
-    return logits.reshape(1, -1, vocabulary)
+    both = [
+        x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous() for x in (student, teacher)
+    ]
+    if any(x.dim() == 3 and x.stride(0) != x.stride(1) * x.shape[1] for x in both):
+        return both
+    return [x.reshape(1, -1, x.shape[-1]) for x in both]
+
+
+# A gradient that is written before its upstream gradient is known is multiplied by this, a power of
+# 2: probabilities of a row of 32,000 tokens lie below the normal numbers of fp16, and no loss scale
+# could bring back what is lost there. It leaves room for |ds| up to 255.
+HEADROOM = {torch.float16: 256.0}
+
+
+# Temporaries of elementwise work whose dtype is not that of its output.
+BLOCK_BYTES = 4 * 2**20
+
+
+def blocks(x: Tensor) -> Iterator[slice]:
+    """Slices of x that are small in fp32: on a CPU a conversion goes through a temporary."""
+    step = max(BLOCK_BYTES // max(4 * x[:1].numel(), 1), 1)
+    for start in range(0, x.shape[0], step):
+        yield slice(start, start + step)
 
 
 class Rule(NamedTuple):
@@ -219,7 +237,8 @@ def rescale(rows: Tensor, factor: Tensor, backend: str) -> None:
 
         pipeline.rescale(rows, factor)
     else:
-        rows.mul_(factor[:, None])
+        for block in blocks(rows):
+            rows[block].mul_(factor[block, None])
 
 
 @rescale.register_fake
@@ -252,26 +271,30 @@ divergence_backward.register_autograd(refuse)
 
 
 class InPlaceDivergence(torch.autograd.Function):
-    """scaled loss = loss * row_scale, whose gradient is left in the student logits' storage."""
+    """loss * factor, whose gradient is left in the student logits' storage.
+
+    The factor is in that gradient, so that an upstream gradient of 1 leaves nothing to do; but in
+    fp16 it is `HEADROOM` that is."""
 
     @staticmethod
-    def forward(ctx, student, teacher, counted, row_scale, *options):  # type: ignore[no-untyped-def]
-        loss, stats = divergence_with_gradient(student, teacher, counted, row_scale, *options)
+    def forward(ctx, student, teacher, counted, factor, *options):  # type: ignore[no-untyped-def]
+        headroom = HEADROOM.get(student.dtype)
+        scale = factor if headroom is None else torch.full_like(factor, headroom)
+        n = student.shape[0] * student.shape[1]
+        loss, stats = divergence_with_gradient(student, teacher, counted, scale.expand(n), *options)
         ctx.mark_non_differentiable(stats)
-        ctx.gradient = student.detach()
+        ctx.save_for_backward(student, None if headroom is None else factor / headroom)
         ctx.backend = options[-1]
-        return loss * row_scale, stats
+        return loss * factor, stats
 
     @staticmethod
     def backward(ctx, upstream, _stats):  # type: ignore[no-untyped-def]
         if torch.is_grad_enabled():  # create_graph=True; the logits are gone
             refuse()
-        if ctx.gradient is None:
-            raise RuntimeError(
-                "akl_triton: inplace=True leaves one gradient, which an earlier backward has used"
-            )
-        gradient, ctx.gradient = ctx.gradient, None
-        rescale(gradient.view(-1, gradient.shape[-1]), upstream, ctx.backend)
+        gradient, rest = ctx.saved_tensors
+        gradient = gradient.detach()
+        factor = upstream if rest is None else upstream * rest
+        rescale(gradient.view(-1, gradient.shape[-1]), factor, ctx.backend)
         return gradient, *[None] * (5 + len(Rule._fields))
 
 

@@ -141,6 +141,16 @@ CASES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         r"head: expected one of 'exclusive', 'inclusive', got 'top'",
     ),
     "ties": ({"ties": "first"}, ValueError, r"ties: expected one of 'stable', 'average'"),
+    "head tensor": (
+        {"head": torch.ones(2)},
+        ValueError,
+        r"head: expected one of 'exclusive', 'inclusive', got Tensor$",
+    ),
+    "temperature of no fp32": (
+        {"temperature": 10**400},
+        ValueError,
+        r"temperature: expected a finite number in \(0, inf\)",
+    ),
     "reduction": ({"reduction": "batchmean"}, ValueError, r"reduction: expected one of 'none'"),
     "backend": ({"backend": "cuda"}, ValueError, r"backend: expected one of 'auto'"),
     "scale_by_t2": ({"scale_by_t2": None}, TypeError, r"scale_by_t2: .*False, got NoneType"),
@@ -153,6 +163,11 @@ CASES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     ),
     "num_items 0": ({"num_items": 0}, ValueError, r"num_items: expected > 0, got 0"),
     "num_items negative": ({"num_items": -3}, ValueError, r"num_items: expected > 0, got -3"),
+    "num_items tensor": (
+        {"num_items": torch.tensor(-3)},
+        ValueError,
+        r"num_items: expected > 0, got -3",
+    ),
     "num_items bool": ({"num_items": True}, TypeError, r"num_items: expected an int, got bool"),
     "num_items complex": (
         {"num_items": torch.tensor(1, dtype=torch.complex128)},
@@ -222,6 +237,26 @@ INPLACE_CASES: dict[str, tuple[torch.Tensor, str]] = {
         r"inplace: expected contiguous student_logits, got an expanded tensor \[2, 3, 8\]",
     ),
 }
+
+
+@pytest.mark.parametrize("shift", [0, 1, 2])
+def test_teacher_that_would_be_overwritten(shift: int) -> None:
+    memory = logits(5, V)
+    student, teacher = memory[:3], memory[shift : shift + 3]
+    before = memory.clone()
+    with pytest.raises(ValueError, match=r"^inplace: expected teacher_logits that share no memory"):
+        adaptive_kl(student, teacher, inplace=True)
+    assert torch.equal(memory, before)
+    adaptive_kl(memory[:2], memory[2:4], inplace=True)  # of one batch
+
+
+def test_teacher_that_autograd_cannot_keep() -> None:
+    with torch.inference_mode():
+        teacher = TEACHER * 1
+    with pytest.raises(ValueError, match=r"^teacher_logits: .*autograd can keep.*inference_mode"):
+        adaptive_kl(computed(), teacher)
+    adaptive_kl(computed(), teacher, inplace=True).backward()
+    adaptive_kl(computed().detach(), teacher)
 
 
 def dense(x: torch.Tensor) -> torch.Tensor:

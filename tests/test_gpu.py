@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 import akl_triton
-from akl_triton import adaptive_kl, eager, linear
+from akl_triton import adaptive_kl, eager, linear, ops
 from akl_triton.kernels.launch_table import CANDIDATES, Launch
 from bench import gpu, ptxcpu
 from bench.peers import OURS
@@ -232,7 +232,7 @@ def test_the_model_of_memory(
     gradients = 2 * (rows + vocabulary) * hidden
     monkeypatch.setitem(linear.CHUNK_BYTES, "cpu", 2 * chunk * vocabulary * 2)
     monkeypatch.setattr(eager, "TEMPORARY_BYTES", 2**19)
-    monkeypatch.setattr(linear, "_BLOCK_BYTES", 2**16)
+    monkeypatch.setattr(ops, "BLOCK_BYTES", 2**16)
     inputs = gpu.make_heads(rows, vocabulary, hidden, CPU, gpu.DTYPE, seed=0)
     phase = gpu.PHASES["linear"]
     peaks = {}

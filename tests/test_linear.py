@@ -215,6 +215,26 @@ def test_half_precision_is_no_worse_than_without_fusing(dtype):
         assert off <= 1.2 * allowed + 1e-3 * x.abs().max() * torch.finfo(dtype).eps, name
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_gradients_in_fp16_survive_a_loss_scale(reduction):
+    """Those of flat rows lie below fp16's normal numbers where no loss scale is in them yet."""
+    g = torch.Generator().manual_seed(0)
+    hidden, teacher_hidden = (1e-3 * torch.randn(64, 16, generator=g).half() for _ in range(2))
+    weight, teacher_weight = (torch.randn(V_S, 16, generator=g).half() for _ in range(2))
+
+    def gradients(dtype: torch.dtype) -> list[Tensor]:
+        h, w = (x.to(dtype).requires_grad_() for x in (hidden, weight))
+        loss = linear_adaptive_kl(
+            h, w, teacher_hidden.to(dtype), teacher_weight.to(dtype), reduction=reduction
+        )
+        return [x.double() for x in torch.autograd.grad(2.0**16 * loss.mean(), (h, w))]
+
+    for name, half, exact in zip(
+        ("hidden", "weight"), gradients(torch.float16), gradients(FP32), strict=True
+    ):
+        assert (half - exact).norm() < 1e-3 * exact.norm(), name
+
+
 def test_the_weight_of_a_half_precision_chunk_is_summed_in_accum_dtype():
     """Five hundred equal chunks: a bf16 sum stops growing, an fp32 one does not."""
     n = 512
@@ -432,7 +452,7 @@ def test_two_backward_passes_and_no_second_derivative():
 def test_memory_is_the_chunk_and_the_sum(dtype, monkeypatch):
     """The model of the design, 2 C V bytes + 4 V H, and what is returned."""
     monkeypatch.setattr(eager, "TEMPORARY_BYTES", 2**19)  # one token at a time
-    monkeypatch.setattr(linear, "_BLOCK_BYTES", 2**16)
+    monkeypatch.setattr(ops, "BLOCK_BYTES", 2**16)
     n, v, h, chunk, besides = 192, 4096, 64, 64, 2**18
     bytes_of = dtype.itemsize
     hidden, teacher_hidden = torch.randn(2, n, h).to(dtype)
