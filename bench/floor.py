@@ -197,9 +197,8 @@ def _row(
 def markdown(data: dict[str, Any]) -> str:
     parts = [
         "A floor is a time that no run is known to beat, not a time that a run takes; no GPU was "
-        "asked. "
-        "Nanoseconds per row of forward and backward, bf16, the whole GPU at work: with the later "
-        "sweeps of a kernel served by the L2, to: with all served by memory. Bytes, exps and "
+        "asked. Nanoseconds per row of forward and backward, bf16, the whole GPU at work: with the "
+        "later sweeps of a kernel served by the L2, to: with all served by memory. Bytes, exps and "
         "instructions are per vocabulary position; bytes likewise with the L2 to without. Of what "
         "PyTorch runs (the eager rows; softmax and scaling around Liger's kernels) only bytes are "
         "known, so that those floors are low. The scans of stage R are those of real logits "

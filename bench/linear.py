@@ -329,12 +329,9 @@ def markdown(data: dict[str, Any]) -> str:
     *_, (_, of_authors) = measured.items()
     predicted = sum(data["predicted_bytes"].values())
     lines = [
-        "## Fused linear",
-        "",
         f"From hidden states to loss and gradients of {tokens:,} tokens, "
         f"V = {data['vocabulary']:,}, H = {data['hidden']} on both sides, {data['dtype']}, "
-        f"{data['device']}, {data['threads']} threads, torch {data['torch']}. "
-        "`python -m bench.linear`",
+        f"{data['device']}, {data['threads']} threads, torch {data['torch']}.",
         "",
         "Peak memory on top of the inputs, gradients included:",
         "",

@@ -53,10 +53,10 @@ def render() -> str:
     parts = [
         "# Results",
         "Written by `python -m bench report`, which runs every section anew; each section says "
-        "which command runs it alone. No figure here is a time, and none needs a GPU: kernels are "
-        "compiled for the GPUs named and read (`bench/sass.py`), or their PTX is executed on a CPU "
-        "and counted (`bench/ptxcpu`). What was tried, and why it did or did not pay, is in "
-        "[NOTES.md](NOTES.md).",
+        "which command runs it alone. None needs a GPU: kernels are compiled for the GPUs named "
+        "and read (`bench/sass.py`), or their PTX is executed on a CPU and counted "
+        "(`bench/ptxcpu`). No figure is a time, but for those of the fused linear losses on a CPU. "
+        "What was tried, and why it did or did not pay, is in [NOTES.md](NOTES.md).",
         table(
             ("section", "command", "date", *versions),
             [

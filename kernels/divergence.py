@@ -6,7 +6,7 @@
     w = g_head / gap                loss = w forward_kl + (1 - w) reverse_kl
 
 The sums run on logarithms to base 2 that are off by a constant of the row, the rounding of its lse
-(`normaliser`); the constant is put back exactly at the end. A token that is -inf on either side
+(`normalisers`); the constant is put back at the end. A token that is -inf on either side
 counts in the gap and adds nothing to the KL sums. Full blocks do not look for it: it makes a sum
 infinite or NaN, and such a row is swept again with the edge block's code everywhere.
 """
@@ -29,10 +29,17 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def normaliser(reference, z):
-    """(lse, correction, factor): log2 p = scaled(x, lse) - correction, factor = 2^-correction."""
-    lse, correction = rounded_sum(reference, tl.log2(z))
-    return lse, correction, tl.exp2(-correction)
+def normalisers(reference_t, z_t, reference_s, z_s):
+    """(lse_t, lse_s, factor_t, factor_s, shift): p = factor_t 2^scaled(t, lse_t), q likewise of the
+    student, and shift = log2(factor_t / factor_s)."""
+    log2_t = tl.log2(z_t)
+    log2_s = tl.log2(z_s)
+    lse_t, correction_t = rounded_sum(reference_t, log2_t)
+    lse_s, correction_s = rounded_sum(reference_s, log2_s)
+    # Logarithms are rounded, too, which shows where p is close to q: their difference is not.
+    shift = correction_s - correction_t + (tl.log2(z_s / z_t) - (log2_s - log2_t))
+    factor_t = tl.exp2(-correction_t)
+    return lse_t, lse_s, factor_t, factor_t * tl.exp2(-shift), shift
 
 
 @triton.jit
@@ -60,10 +67,8 @@ def row_divergence(
     1 .. full_end-1 hold no others."""
     GAP: tl.constexpr = HAS_HEAD or STATS
     columns = tl.arange(0, BLOCK)
-    lse_t, correction_t, factor_t = normaliser(reference_t, z_t)
-    lse_s, correction_s, factor_s = normaliser(reference_s, z_s)
-    shift = correction_s - correction_t  # what u lacks in the sweep, in base 2
-    ratio = factor_s / factor_t
+    lse_t, lse_s, factor_t, factor_s, shift = normalisers(reference_t, z_t, reference_s, z_s)
+    ratio = tl.exp2(-shift)
     above_crossing = next_above(crossing)
 
     full_end = full_blocks_end(end_t, end_s, BLOCK)
@@ -182,6 +187,6 @@ def row_divergence(
         size = float("nan")
     kept_p = 1.0 - factor_t * dropped_p
     kept_q = 1.0 - factor_s * dropped_q
-    fkl = LN2 * (factor_t * fkl + shift * kept_p)
+    fkl = LN2 * (factor_t * fkl + shift * kept_p)  # the sweep's u lacks the shift
     rkl = -LN2 * (factor_s * rkl + shift * kept_q)
     return fkl, rkl, weight, factor_t * gap, size, kept_p, kept_q, full_end

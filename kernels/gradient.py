@@ -12,7 +12,7 @@ everything that is constant in a row folded into five coefficients this is
 import triton
 import triton.language as tl
 
-from .divergence import LN2, normaliser
+from .divergence import LN2, normalisers
 from .rows import (
     LOWEST,
     UNROLL,
@@ -33,13 +33,12 @@ def gradient_coefficients(
     reference_t, z_t, reference_s, z_s, weight, reverse_kl, kept_p, kept_q, rate
 ):
     """(lse_t, lse_s, slope, offset, teacher, lost) of the formulas above."""
-    lse_t, correction_t, factor_t = normaliser(reference_t, z_t)
-    lse_s, correction_s, factor_s = normaliser(reference_s, z_s)
+    lse_t, lse_s, factor_t, factor_s, shift = normalisers(reference_t, z_t, reference_s, z_s)
     rest = 1.0 - weight
     common = weight * kept_p - rest * (reverse_kl + kept_q)
     student = factor_s * rate
     slope = -rest * LN2 * student
-    offset = (common + rest - rest * LN2 * (correction_s - correction_t)) * student
+    offset = (common + rest - rest * LN2 * shift) * student
     return lse_t, lse_s, slope, offset, weight * factor_t * rate, common * student
 
 

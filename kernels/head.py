@@ -22,9 +22,11 @@ evaluating mass() at PIVOTS keys at a time until the two are neighbours. mass() 
 import triton
 import triton.language as tl
 
-from .rows import LOWEST, load_edge, load_full, scaled
+from .rows import load_edge, load_full, scaled
 
 PIVOTS = tl.constexpr(4)
+# mu is exact to a few roundings of fp32, and a head of all the mass would have no boundary.
+LARGEST_MU = tl.constexpr(1.0 - 2.0**-20)
 # Nothing 2^-64 below the most probable token can hold a visible share of the mass.
 DEPTH = tl.constexpr(64.0)
 # Bins of the estimate, in powers of 2 of the mass: the first and the last.
@@ -98,7 +100,7 @@ def head_boundary(
 
     `cut` is end_t where all ties belong to the head, and 0 where none do or ties are averaged."""
     dtype: tl.constexpr = t_row.dtype.element_ty
-    target = mu * z
+    target = tl.minimum(mu, LARGEST_MU) * z
     top = tl.max(slots, axis=0)
     top_mass = _mass(top, scale, gain, reference)
     crossing = top
@@ -109,11 +111,9 @@ def head_boundary(
     if (z == z) & (alone == 0):
         high = key_of(top, dtype) + 1
         slot_mass = _mass(slots, scale, gain, reference)
-        if gain is None:
-            low = key_of((tl.log2(hidden) + reference) / scale, dtype) + 1
-        else:
-            low = key_of(tl.min(tl.where(slot_mass > hidden, slots, float("inf"))), dtype)
-        known = tl.sum(tl.where(slots >= value_of(low, dtype), slot_mass, 0.0))
+        heavy = slot_mass > hidden
+        low = key_of(tl.min(tl.where(heavy, slots, float("inf")), axis=0), dtype)
+        known = tl.sum(tl.where(heavy, slot_mass, 0.0), axis=0)
         suffice = (low < high) & crosses(known, target, INCLUSIVE)
         if suffice:
             crossing, above, reached = _search(
@@ -121,10 +121,9 @@ def head_boundary(
                 INCLUSIVE, True, dtype, BLOCK,
             )  # fmt: skip
         else:
-            if gain is None:
-                low = key_of(tl.maximum(top - DEPTH / scale, LOWEST), dtype) - 1
-            else:  # a softcap lifts all that is below
-                low = _lowest_key(dtype)
+            low = _lowest_key(dtype)
+            if gain is None:  # a softcap lifts all that is below
+                low = tl.maximum(low, key_of(top - DEPTH / scale, dtype) - 1)
             crossing, above, reached = _search(
                 t_row, lead, end_t, scale, gain, reference, z, slots, target, low, high, z,
                 INCLUSIVE, False, dtype, BLOCK,
@@ -175,7 +174,8 @@ def _estimate(slots, scale, gain, reference, target, top, BLOCK: tl.constexpr):
     step = STRIDE / steepness
     finest = FINEST / steepness
     halving = 0
-    while (step > finest) & (high > top - DEPTH / steepness):
+    # Where logits are so large that a step is lost in their rounding, there is nothing to halve.
+    while (step > finest) & (high > top - DEPTH / steepness) & (high - step < high):
         inside = (slots > high - step) & (slots <= high)
         held = tl.maximum(tl.sum(inside.to(tl.float32), axis=0), 0.5)
         count = tl.minimum(slots_above + held, BLOCK - 0.5)

@@ -56,8 +56,11 @@ def block_offsets(block, BLOCK: tl.constexpr):
 
 @triton.jit
 def load_full(
-    row_ptr, block, ALIGNED: tl.constexpr, BLOCK: tl.constexpr, POLICY: tl.constexpr = ""
-):
+    row_ptr, block,
+    ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    POLICY: tl.constexpr = tl.constexpr(""),  # noqa: B008 - Triton 3.6 takes no plain string here
+):  # fmt: skip
     """Logits of a full block, in fp32; ALIGNED is that of `row_pointer`, POLICY that of the L2."""
     if ALIGNED and row_ptr.dtype.element_ty == tl.bfloat16:
         # Two a word: a shift or a mask an element, where a conversion takes one and a half.

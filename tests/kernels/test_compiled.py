@@ -189,3 +189,19 @@ def test_sweeps_for_the_head_are_few(dtype: torch.dtype) -> None:
                 read = bytes_read(row, temperature, mu, None) - fixed
                 sweeps = read / (v * teacher.element_size())
                 assert sweeps <= bound, f"{kind}, mu {mu}, T {temperature}: {sweeps:.0f} sweeps"
+
+
+@needs_compiler
+def test_logits_in_which_a_step_is_lost_do_not_stall() -> None:
+    """The first estimate of the head ends where logits are so large that its steps round away."""
+    student, teacher = torch.randn(1, 1, 8000).bfloat16(), torch.full((1, 1, 8000), 1e5).bfloat16()
+    executed = []
+    with ptxcpu.active(arch=90) as counters:
+        for weight in (0.5, None):
+            counters.reset()
+            rule = RULE | {"temperature": 1e-3, "stable": False, "weight": weight}
+            pipeline.forward(
+                student, teacher, None, torch.empty(1), torch.empty(1, 8), None, **rule
+            )
+            executed.append(counters["forward_kernel"]["warp_instr"])
+    assert executed[1] < 3 * executed[0]

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from akl_triton.kernels.launch_table import launch_for
-from akl_triton.reference import Head, Ties
+from akl_triton.reference import Head, Ties, reference_adaptive_kl
 from tests.kernels.rows import KINDS, assert_right, make_rows, run
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
@@ -150,6 +150,51 @@ def test_heavy_tokens_behind_a_slot_maximum(device: torch.device) -> None:
         teacher[row, 900:903] = 11.0
     for mu in (0.1, 0.5, 0.7, 0.9):
         assert_right(run(student, teacher, mu=mu), student, teacher, mu=mu)
+
+
+@pytest.mark.parametrize(
+    "temperature, logit",
+    [(1e-3, 29.28602409362793), (1e-2, 56.85852813720703), (1.0, 29258.802734375)],
+)
+def test_ties_of_large_fp32_logits(
+    temperature: float, logit: float, device: torch.device, small: bool
+) -> None:
+    """Of equal logits that share a slot, the second is as heavy as the maximum that hides it."""
+    if small:
+        pytest.skip("the interpreter has no FMA: large arguments are for compiled kernels")
+    v, block = 5003, launch_for(5003).BLOCK
+    student, teacher = (x.to(device) for x in make_rows(v, v, FP32, FP32, seed=12))
+    student, teacher = student[:2].clone(), teacher[:2].clone()
+    teacher[0, 100] = teacher[0, 100 + block] = logit
+    student[0, 100], student[0, 100 + block] = 4 * temperature, 3 * temperature
+    teacher[1] = logit
+    student[1] *= temperature
+    options: dict[str, Any] = {"mu": 0.3, "temperature": temperature}
+    assert_right(run(student, teacher, **options), student, teacher, **options)
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=name_of)
+def test_head_of_all_the_mass(dtype: torch.dtype, device: torch.device) -> None:
+    """The largest mu there is, next to 1 and equal to it in fp32; and so flat that fp16 ends."""
+    student, teacher = (x.to(device) for x in make_rows(3000, 3000, dtype, dtype, seed=13))
+    student, teacher = student[:4], teacher[:4]
+    for temperature in (1.0, 3000.0):
+        options: dict[str, Any] = {"mu": 1 - 1e-9, "temperature": temperature}
+        assert_right(run(student, teacher, **options), student, teacher, **options)
+
+
+@pytest.mark.parametrize("v", [3000, 151936])
+def test_distributions_that_hardly_differ(v: int, device: torch.device, small: bool) -> None:
+    """The rounding of both normalisers is no part of the loss, 5e-7 here."""
+    if small and v > 3000:
+        pytest.skip("too long to interpret")
+    g = torch.Generator().manual_seed(14)
+    teacher = 2 * torch.randn(4, v, generator=g)
+    student = teacher + torch.randn(4, v, generator=g)
+    options: dict[str, Any] = {"weight": 1.0, "temperature": 1000.0}
+    loss = run(student.to(device), teacher.to(device), **options).loss.cpu()
+    exact = reference_adaptive_kl(student, teacher, **options).loss
+    assert (loss - exact).abs().max() < 2e-7
 
 
 def test_rows_that_are_not_valid_are_nan_alone(device: torch.device) -> None:
