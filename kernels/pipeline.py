@@ -371,13 +371,13 @@ def _device_of(tensor):
 _AUTOTUNE = os.environ.get("AKL_AUTOTUNE") == "1"
 
 
-def _tuned(kernel):
-    """The kernel, timed over CANDIDATES for each pair of vocabulary sizes if AKL_AUTOTUNE=1."""
+def _tuned(kernel, *key):
+    """The kernel; with AKL_AUTOTUNE=1, timed over CANDIDATES for all values of what `key` names."""
     if not _AUTOTUNE:
         return kernel
     configs = [triton.Config({"BLOCK": c.BLOCK}, num_warps=c.num_warps) for c in CANDIDATES]
-    return triton.autotune(configs, key=["V_s", "V_t"], restore_value=["s_ptr"])(kernel)
+    return triton.autotune(configs, key=key, restore_value=["s_ptr"])(kernel)
 
 
-_forward = _tuned(forward_kernel)
-_backward = _tuned(backward_kernel)
+_forward = _tuned(forward_kernel, "V_s", "V_t", "HAS_HEAD", "HAS_GRADIENT")
+_backward = _tuned(backward_kernel, "V_s", "V_t")
