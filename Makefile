@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 INSTALL := install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint types wheel wheel-check clean
+.PHONY: demo test oldest lint types wheel wheel-check clean
 
 demo: $(READY)
 	$(BIN)/akl-triton demo
@@ -18,6 +18,17 @@ test: export OMP_NUM_THREADS = 1
 test: $(READY)
 	$(BIN)/python -m pytest -n $(JOBS)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(JOBS) tests/kernels
+
+# The oldest Triton that pyproject.toml allows, which is also that of bench/gpu.sh: what it makes of
+# the kernels, stage by stage and whole.
+oldest: export OMP_NUM_THREADS = 1
+oldest: $(READY)
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade \
+		--target build/oldest triton==3.6.0
+	PYTHONPATH=build/oldest $(BIN)/python -c \
+		"import triton; assert triton.__version__ == '3.6.0', triton.__version__"
+	PYTHONPATH=build/oldest $(BIN)/python -m pytest -n $(JOBS) \
+		tests/kernels/test_stages.py tests/kernels/test_compiled.py
 
 lint: $(READY)
 	$(BIN)/ruff check .
