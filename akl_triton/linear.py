@@ -458,9 +458,8 @@ def _linear_divergence(
 
 def _autocast_dtype(device_type: str) -> torch.dtype | None:
     """In which products are computed here whatever their factors are; None outside autocast."""
-    if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(
-        device_type
-    ):
+    # torch.amp.is_autocast_available would break a graph of PyTorch before 2.12.
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
         return None
     return torch.get_autocast_dtype(device_type)
 
