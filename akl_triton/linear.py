@@ -385,6 +385,8 @@ class _Plan(NamedTuple):
     @property
     def headroom(self) -> float:
         """By which gradients are multiplied whose upstream gradient is not known."""
+        if self.accum_dtype == torch.float16:  # their sum needs all the room that fp16 has
+            return 1.0
         return ops.HEADROOM.get(self.student_dtype, 1.0)
 
     @property

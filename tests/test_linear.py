@@ -235,6 +235,18 @@ def test_gradients_in_fp16_survive_a_loss_scale(reduction):
         assert (half - exact).norm() < 1e-3 * exact.norm(), name
 
 
+def test_a_sum_in_fp16_has_all_the_room_of_fp16():
+    hidden = torch.full((512, 1), 4.0).half()
+    weights = torch.zeros(2, V_S, 1).half()
+    weights[0, 0] = weights[1, 1] = 8.0  # p and q are one-hot, and not at the same token
+    student = weights[0].requires_grad_()
+    loss = linear_forward_kl(
+        hidden, student, hidden, weights[1].detach(), reduction="sum", accum_dtype=torch.float16
+    )
+    (gradient,) = torch.autograd.grad(loss, student)
+    assert gradient[:2].flatten().tolist() == [2048.0, -2048.0]
+
+
 def test_the_weight_of_a_half_precision_chunk_is_summed_in_accum_dtype():
     """Five hundred equal chunks: a bf16 sum stops growing, an fp32 one does not."""
     n = 512
