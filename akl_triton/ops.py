@@ -69,9 +69,7 @@ def as_rows(student: Tensor, teacher: Tensor) -> list[Tensor]:
 # 2: probabilities of a row of 32,000 tokens lie below the normal numbers of fp16, and no loss scale
 # could bring back what is lost there. It leaves room for |ds| up to 255.
 HEADROOM = {torch.float16: 256.0}
-
-
-# Temporaries of elementwise work whose dtype is not that of its output.
+# Temporaries of work in fp32 on tensors of another dtype.
 BLOCK_BYTES = 4 * 2**20
 
 
