@@ -7,17 +7,29 @@ tensors. Nothing here reads data on a device, so nothing waits for one.
 from __future__ import annotations
 
 import math
+import numbers
+import operator
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import forward_ad
 
 LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LABEL_DTYPES = (torch.int64, torch.int32)
 LARGEST = torch.finfo(torch.float32).max
 # What to do instead of passing a part of a tensor.
 LOCAL = "pass .full_tensor(), or .to_local() where it is not sharded over the vocabulary"
+DENSE = {
+    "AsyncCollectiveTensor": "pass .wait()",
+    "MaskedTensor": "pass .get_data(), and what it masks as labels equal to ignore_index",
+    "NestedTensor": "pass torch.nested.to_padded_tensor(...), and its padding as ignored labels",
+}
+# Subclasses that stand for a plain tensor while PyTorch traces.
+TRACED = ("FakeTensor", "FunctionalTensor")
 GATHER = (
     "gather it: call the loss in the forward of the module that fully_shard (or ZeRO-3, after "
     "register_external_parameter) gathers it for; see linear_adaptive_kl, Sharded parameters"
@@ -43,7 +55,7 @@ def check_logits(student: Tensor, teacher: Tensor) -> None:
 
 def check_teacher(name: str, teacher: Tensor) -> None:
     """The teacher gets no gradient."""
-    if teacher.requires_grad:
+    if wants_gradient(teacher):
         raise ValueError(
             f"{name}: expected a tensor that does not require grad (the teacher gets no "
             f"gradient: compute it under torch.no_grad() or pass {name}.detach()), "
@@ -72,11 +84,11 @@ def check_projection(
                 f"{name}: expected the whole parameter, got {_describe(tensor)}, which is empty; "
                 f"{GATHER}"
             )
+        check_device(name, tensor, student_hidden, "student_hidden")
         if tensor.device.type == "meta":
             raise ValueError(
                 f"{name}: expected a tensor with data, got {_describe(tensor)} on meta"
             )
-        check_device(name, tensor, student_hidden, "student_hidden")
         if side == "teacher":
             check_teacher(name, tensor)
     if hidden.dim() == 0 or hidden.shape[-1] == 0:
@@ -104,10 +116,9 @@ def check_projection(
             )
 
 
-def check_chunk_bytes(chunk_bytes: object, bytes_per_row: int) -> None:
+def check_chunk_bytes(chunk_bytes: int, bytes_per_row: int) -> None:
     """At least one row of logits of both sides."""
-    check_integer("chunk_bytes", chunk_bytes)
-    if chunk_bytes < bytes_per_row:  # type: ignore[operator]
+    if chunk_bytes < bytes_per_row:
         raise ValueError(
             f"chunk_bytes: expected at least {bytes_per_row}, the logits of one token on both "
             f"sides, got {chunk_bytes}"
@@ -124,14 +135,9 @@ def check_labels(
     labels: Tensor | None,
     student: Tensor,
     shift: int,
-    ignore_index: int,
     of: str = "student_logits",
 ) -> None:
-    """Labels have the logits' leading shape; a shift needs them, and a sequence that is longer."""
-    check_integer("ignore_index", ignore_index)
-    check_integer("shift", shift)
-    if shift < 0:
-        raise ValueError(f"shift: expected an integer >= 0, got {shift}")
+    """Labels have the logits' leading shape; a shift needs them, and a sequence."""
     if labels is None:
         if shift:
             raise ValueError(f"shift: expected 0 where labels is None, got {shift}")
@@ -145,41 +151,56 @@ def check_labels(
             f"the last dimension, got {_describe(labels)}"
         )
     check_device("labels", labels, student, of)
-    if shift and (labels.dim() == 0 or shift >= labels.shape[-1]):
+    if shift and labels.dim() == 0:
         raise ValueError(
-            f"shift: expected less than the sequence length of labels {_describe(labels)}, "
-            f"got {shift}"
+            f"shift: expected 0 where labels have no sequence, {_describe(labels)}, got {shift}"
         )
 
 
+def check_shift(shift: object) -> int:
+    """How many positions a label is ahead of the logits that predict it."""
+    checked = check_integer("shift", shift)
+    if checked < 0:
+        raise ValueError(f"shift: expected an integer >= 0, got {checked}")
+    return checked
+
+
 def check_num_items(
-    num_items: int | Tensor | None, reduction: str, student: Tensor, of: str = "student_logits"
-) -> None:
-    """A count of tokens that replaces that of this batch in the mean."""
+    num_items: object, reduction: str, student: Tensor, of: str = "student_logits"
+) -> float | Tensor | None:
+    """What replaces the count of this batch in the mean; 0, which a step without tokens has, is 1.
+
+    A tensor stays a tensor, so that nobody waits for it."""
     if num_items is None:
-        return
+        return None
     if reduction != "mean":
         raise ValueError(f"num_items: expected None with reduction={reduction!r}, got a count")
-    if isinstance(num_items, Tensor):
-        check_tensor("num_items", num_items)
-        if num_items.dim() != 0 or num_items.dtype == torch.bool or num_items.is_complex():
-            raise ValueError(
-                f"num_items: expected an int or a 0-d tensor, got {_describe(num_items)}"
-            )
-        if num_items.device.type != "cpu":
-            check_device("num_items", num_items, student, of)
-            return
-        if torch.compiler.is_compiling():
-            return
-        num_items = num_items.item()  # type: ignore[assignment]
-    else:
-        check_integer("num_items", num_items)
-    if not num_items > 0:  # also NaN
-        raise ValueError(f"num_items: expected > 0, got {num_items}")
+    if not isinstance(num_items, Tensor):
+        count = check_number("num_items", num_items)
+        if count < 0:
+            raise ValueError(f"num_items: expected >= 0, got {num_items}")
+        return count if count else 1.0
+    check_tensor("num_items", num_items)
+    if num_items.dim() != 0 or num_items.dtype == torch.bool or num_items.is_complex():
+        raise ValueError(
+            f"num_items: expected a number or a 0-d tensor, got {_describe(num_items)}"
+        )
+    if num_items.device.type != "cpu":
+        check_device("num_items", num_items, student, of)
+    elif not (is_traced(num_items) or num_items >= 0):  # also NaN
+        raise ValueError(f"num_items: expected >= 0, got {num_items.item()}")
+    counted = num_items.float()
+    return counted.masked_fill(counted == 0, 1.0)
 
 
 def check_inplace(student: Tensor, teacher: Tensor) -> None:
     """The student logits may be overwritten: nobody else's elements, and no parameter."""
+    if torch._C._functorch.maybe_get_level(student) > 0:
+        raise ValueError(
+            "inplace: expected student_logits that no transform of torch.func has wrapped (they "
+            "cannot be overwritten: pass inplace=False), got "
+            f"{_describe(student)} under torch.func"
+        )
     if not student.is_contiguous():
         what = "an expanded" if 0 in student.stride() else "a non-contiguous"
         raise ValueError(
@@ -193,7 +214,7 @@ def check_inplace(student: Tensor, teacher: Tensor) -> None:
             f"inplace: expected student_logits computed by a model, got {what} that requires grad "
             f"{_describe(student)}, which must not be overwritten"
         )
-    if not torch.compiler.is_compiling() and _overlap(student, teacher):
+    if not is_traced(student, teacher) and _overlap(student, teacher):
         raise ValueError(
             "inplace: expected teacher_logits that share no memory with student_logits, got "
             f"{_describe(teacher)}, of which some would be overwritten"
@@ -216,7 +237,7 @@ def _span(x: Tensor) -> tuple[int, int]:
 def check_can_be_saved(name: str, tensor: Tensor) -> None:
     """Autograd keeps no tensors of torch.inference_mode() for a backward."""
     # A compiled graph cannot ask, and says so itself where it keeps one.
-    if not torch.compiler.is_compiling() and tensor.is_inference():
+    if not is_traced(tensor) and tensor.is_inference():
         raise ValueError(
             f"{name}: expected a tensor that autograd can keep for the backward (compute it under "
             f"torch.no_grad(), or pass {name}.clone()), got {_describe(tensor)} made under "
@@ -238,31 +259,42 @@ def check_number(
     above: float = -math.inf,
     below: float = math.inf,
     closed: bool = False,
-) -> None:
+) -> float:
     """A number of fp32 strictly between the bounds, or between and including them."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
-    inside = above <= value <= below if closed else above < value < below
+    # torch.compile knows its own numbers, but not that they are numbers.Real.
+    if isinstance(value, bool) or not isinstance(
+        value, (int, float, torch.SymInt, torch.SymFloat, numbers.Real)
+    ):
+        raise TypeError(f"{name}: expected a number, got {_type_of(value)}")
+    number: Any = value
+    inside = above <= number <= below if closed else above < number < below
     # NaN, too, is refused; math.isfinite would break a graph of torch.compile(dynamic=True).
-    if not inside or not -LARGEST <= value <= LARGEST:
+    if not inside or not -LARGEST <= number <= LARGEST:
         brackets = "[]" if closed else "()"
         raise ValueError(
             f"{name}: expected a finite number in {brackets[0]}{above:g}, {below:g}{brackets[1]}, "
             f"got {value}"
         )
+    return float(number)
 
 
-def check_logit_map(side: str, softcap: object, logit_scale: object) -> None:
+def check_logit_map(side: str, softcap: object, logit_scale: object) -> tuple[float | None, float]:
     """Both > 0: the logits keep their order."""
     if softcap is not None:
-        check_number(f"{side}_softcap", softcap, above=0.0)
-    check_number(f"{side}_logit_scale", logit_scale, above=0.0)
+        softcap = check_number(f"{side}_softcap", softcap, above=0.0)
+    return softcap, check_number(f"{side}_logit_scale", logit_scale, above=0.0)
 
 
-def check_integer(name: str, value: object) -> None:
-    """A Python int (a torch.SymInt under torch.compile)."""
-    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
-        raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
+def check_integer(name: str, value: object) -> int:
+    """An int, or what Python would take for one as an index (a torch.SymInt is kept)."""
+    if isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool):
+        return value  # type: ignore[return-value]
+    try:
+        if value is True or value is False or getattr(value, "dtype", None) == torch.bool:
+            raise TypeError
+        return operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise TypeError(f"{name}: expected an int, got {_type_of(value)}") from None
 
 
 def check_flag(name: str, value: object) -> None:
@@ -272,16 +304,80 @@ def check_flag(name: str, value: object) -> None:
 
 
 def check_tensor(name: str, value: object, instead_of_dtensor: str = LOCAL) -> None:
-    """A plain strided tensor."""
+    """A plain strided tensor, of whose derivatives there are only those that exist."""
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+        raise TypeError(f"{name}: expected a torch.Tensor, got {_type_of(value)}")
     distributed = sys.modules.get("torch.distributed.tensor")
     if distributed is not None and isinstance(value, distributed.DTensor):
         raise TypeError(f"{name}: expected a plain tensor, got a DTensor; {instead_of_dtensor}")
+    if value.is_nested:
+        raise TypeError(
+            f"{name}: expected a plain tensor, got a nested one; {DENSE['NestedTensor']}"
+        )
+    kind = type(value)
+    # A subclass with a dispatch of its own has no data that a kernel could read.
+    if kind.__torch_dispatch__ is not Tensor.__torch_dispatch__ and kind.__name__ not in TRACED:
+        instead = DENSE.get(kind.__name__, "pass .dequantize(), or the plain tensor it stands for")
+        article = "an" if kind.__name__[0] in "AEIOU" else "a"
+        raise TypeError(
+            f"{name}: expected a plain tensor, got {article} {kind.__name__}; {instead}"
+        )
     if value.layout != torch.strided:
         raise TypeError(
             f"{name}: expected a dense tensor, got {_describe(value)} of {value.layout}"
         )
+    _check_transforms(name, value)
+
+
+def _check_transforms(name: str, tensor: Tensor) -> None:
+    """Refuse the derivatives that the operators have no formula for.
+
+    Without this, forward mode would give 0 without a word, and torch.func.grad an error of
+    PyTorch's about how the operators are written. Reverse mode and vmap have their rules."""
+    if torch.compiler.is_compiling():
+        return
+    came = _unsupported_derivative(tensor)
+    if came is not None:
+        raise RuntimeError(
+            f"akl_triton: {name}: expected a tensor whose gradient loss.backward() or "
+            f"torch.autograd.grad asks for, the only derivative that the losses have, got {came}"
+        )
+
+
+def _unsupported_derivative(tensor: Tensor) -> str | None:
+    functorch = torch._C._functorch
+    forward_mode = "one with a tangent (torch.func.jvp, or forward-mode AD)"
+    # What vmap has wrapped cannot be asked for a tangent.
+    dual = forward_ad._current_level >= 0 and not functorch.is_batchedtensor(tensor)
+    if dual and forward_ad.unpack_dual(tensor).tangent is not None:  # type: ignore[no-untyped-call]
+        return forward_mode
+    transforms = {i.level(): i.key().name for i in functorch.get_interpreter_stack() or ()}
+    outermost = tensor
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        transform = transforms.get(functorch.maybe_get_level(tensor))
+        if transform == "Grad" and tensor.requires_grad:
+            return "one that torch.func.grad (or vjp) differentiates"
+        # The tangent of an inner level cannot be asked for, so that any is taken to have one.
+        if transform == "Jvp" and tensor is not outermost:
+            return forward_mode
+        tensor = functorch.get_unwrapped(tensor)
+    return None
+
+
+def wants_gradient(tensor: Tensor) -> bool:
+    """Whether it requires grad, or, inside of vmap, what it is a slice of does."""
+    if not torch.compiler.is_compiling():
+        while torch._C._functorch.is_batchedtensor(tensor):
+            tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor.requires_grad
+
+
+def is_traced(*tensors: Tensor) -> bool:
+    """Whether a tensor has no data to look at: under torch.compile, export or torch.func."""
+    return torch.compiler.is_compiling() or any(
+        isinstance(x, FakeTensor) or torch._C._functorch.is_functorch_wrapped_tensor(x)
+        for x in tensors
+    )
 
 
 def check_device(name: str, tensor: Tensor, student: Tensor, of: str = "student_logits") -> None:
@@ -290,6 +386,12 @@ def check_device(name: str, tensor: Tensor, student: Tensor, of: str = "student_
         raise ValueError(
             f"{name}: expected the device of {of}, {student.device}, got {tensor.device}"
         )
+
+
+def _type_of(value: object) -> str:
+    """The type as an error names it: float32 alone could be anybody's."""
+    kind = type(value)
+    return kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}"
 
 
 def _describe(tensor: Tensor) -> str:

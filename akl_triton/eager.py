@@ -14,7 +14,7 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from .rows import STATE_WIDTH, STATS, LogitMap, RowResult
+from .rows import STATE_WIDTH, STATS, LogitMap, RowResult, damping
 
 TEMPORARY_BYTES = 64 * 2**20  # budget for the temporaries of a call; at least one row is taken
 _BYTES_PER_LOGIT = 96  # of temporaries at worst: work spaces, masks, a sort and its fp64 sums
@@ -103,12 +103,15 @@ def forward_with_gradient(
     ties: str,
     weight: float | None,
     out: Tensor,
+    damped: bool = False,
     student_map: LogitMap = IDENTITY,
     teacher_map: LogitMap = IDENTITY,
 ) -> RowResult:
-    """As `forward`, and upstream [N] * dloss/dstudent into out [N, V_s], which may be student."""
+    """As `forward`, and upstream [N] * dloss/dstudent into out [N, V_s], which may be student.
+
+    `damped` divides the gradient of a row by `damping` of its loss."""
     options = _Options(mu, temperature, head, ties, weight, student_map, teacher_map)
-    return _sweep(student, teacher, counted, options, upstream, out)
+    return _sweep(student, teacher, counted, options, upstream, out, damped)
 
 
 def backward(
@@ -143,6 +146,7 @@ def _sweep(
     options: _Options,
     upstream: Tensor | None = None,
     out: Tensor | None = None,
+    damped: bool = False,
 ) -> RowResult:
     n, device = student.shape[0], student.device
     result = RowResult(
@@ -163,7 +167,10 @@ def _sweep(
         result.state[rows, : 2 + len(slope)] = torch.cat((max_t, max_s, *slope), dim=-1)
         result.stats[rows] = torch.cat(stats, dim=-1)
         if upstream is not None and out is not None:
-            _write_gradient(chunk, slope, kept, upstream[rows], s, options.student_map, out, rows)
+            g = upstream[rows]
+            if damped:
+                g = g / damping(loss.squeeze(-1))
+            _write_gradient(chunk, slope, kept, g, s, options.student_map, out, rows)
     for rows_of in result:
         _clear_uncounted(rows_of, counted)
     if out is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
@@ -56,7 +57,7 @@ def adaptive_kl(
     ignore_index: int = -100,
     shift: int = 0,
     reduction: Reduction = "mean",
-    num_items: int | Tensor | None = None,
+    num_items: float | Tensor | None = None,
     scale_by_t2: bool = False,
     inplace: bool = False,
     return_stats: bool = False,
@@ -97,10 +98,12 @@ def adaptive_kl(
         head, ties: the rules above.
         ignore_index: the label of tokens that do not count.
         shift: compare the logits of position i with label i + shift (1: next-token labels as in
-            the batch); the last positions then have no label and do not count.
+            the batch); the last positions then have no label and do not count, in a sequence of
+            no more than ``shift`` tokens none does.
         reduction: "none" (shape of labels), "sum", or "mean" over the tokens that count.
-        num_items: replaces that count in the mean: an int or a 0-d tensor > 0 (on a GPU not
-            checked: that would wait for it), the tokens of all micro-batches of a step.
+        num_items: replaces that count in the mean: a number or a 0-d tensor >= 0 (on a GPU not
+            checked: that would wait for it), the tokens of all micro-batches of a step. 0, where
+            all of these are ignored, is taken as 1, and gives 0.
         scale_by_t2: multiply loss and gradient by T^2 (Hinton et al., arXiv 1503.02531).
         inplace: compute the gradient in the forward pass into the storage of ``student_logits``,
             which are consumed: whatever else reads them must have done so. Only where a gradient
@@ -122,7 +125,8 @@ def adaptive_kl(
 
     Raises:
         ValueError, TypeError: an argument is not as above; nothing has been launched or written.
-        RuntimeError: the gradient is differentiated; or, with ``inplace``, used twice or
+        RuntimeError: the gradient is differentiated, or asked for in forward mode or by
+            torch.func (torch.func.vmap works); or, with ``inplace``, it is used twice or
             overwritten before it is used.
 
     Reference:
@@ -178,7 +182,7 @@ def forward_kl(
     ignore_index: int = -100,
     shift: int = 0,
     reduction: Reduction = "mean",
-    num_items: int | Tensor | None = None,
+    num_items: float | Tensor | None = None,
     scale_by_t2: bool = False,
     inplace: bool = False,
     return_stats: bool = False,
@@ -233,7 +237,7 @@ def reverse_kl(
     ignore_index: int = -100,
     shift: int = 0,
     reduction: Reduction = "mean",
-    num_items: int | Tensor | None = None,
+    num_items: float | Tensor | None = None,
     scale_by_t2: bool = False,
     inplace: bool = False,
     return_stats: bool = False,
@@ -289,7 +293,7 @@ def mixed_kl(
     ignore_index: int = -100,
     shift: int = 0,
     reduction: Reduction = "mean",
-    num_items: int | Tensor | None = None,
+    num_items: float | Tensor | None = None,
     scale_by_t2: bool = False,
     inplace: bool = False,
     return_stats: bool = False,
@@ -348,25 +352,23 @@ def rule_of(
     student_logit_scale: float,
     teacher_logit_scale: float,
 ) -> ops.Rule:
-    """The checked options of a loss."""
-    checks.check_number("mu", mu, above=0.0, below=1.0)
+    """The checked options that make a loss of a token."""
     checks.check_choice("head", head, HEADS)
     checks.check_choice("ties", ties, TIES)
     if weight is not None:
-        checks.check_number("weight", weight, above=0.0, below=1.0, closed=True)
-    checks.check_number("temperature", temperature, above=0.0)
-    checks.check_logit_map("student", student_softcap, student_logit_scale)
-    checks.check_logit_map("teacher", teacher_softcap, teacher_logit_scale)
+        weight = checks.check_number("weight", weight, above=0.0, below=1.0, closed=True)
+    student_map = checks.check_logit_map("student", student_softcap, student_logit_scale)
+    teacher_map = checks.check_logit_map("teacher", teacher_softcap, teacher_logit_scale)
     return ops.Rule(
-        float(mu),
-        float(temperature),
-        head,
-        ties,
-        None if weight is None else float(weight),
-        None if student_softcap is None else float(student_softcap),
-        None if teacher_softcap is None else float(teacher_softcap),
-        float(student_logit_scale),
-        float(teacher_logit_scale),
+        mu=checks.check_number("mu", mu, above=0.0, below=1.0),
+        temperature=checks.check_number("temperature", temperature, above=0.0),
+        head=head,
+        ties=ties,
+        weight=weight,
+        student_softcap=student_map[0],
+        teacher_softcap=teacher_map[0],
+        student_logit_scale=student_map[1],
+        teacher_logit_scale=teacher_map[1],
     )
 
 
@@ -379,24 +381,25 @@ def _divergence(
     ignore_index: int,
     shift: int,
     reduction: Reduction,
-    num_items: int | Tensor | None,
+    num_items: float | Tensor | None,
     scale_by_t2: bool,
     inplace: bool,
     return_stats: bool,
     backend: Backend,
 ) -> LossOrPair:
     """The common body of the losses."""
-    checks.check_choice("reduction", reduction, REDUCTIONS)
-    checks.check_choice("backend", backend, BACKENDS)
-    for name, flag in (
-        ("scale_by_t2", scale_by_t2),
-        ("inplace", inplace),
-        ("return_stats", return_stats),
-    ):
-        checks.check_flag(name, flag)
+    ignore_index, shift = check_options(
+        ignore_index=ignore_index,
+        shift=shift,
+        reduction=reduction,
+        scale_by_t2=scale_by_t2,
+        return_stats=return_stats,
+        backend=backend,
+    )
+    checks.check_flag("inplace", inplace)
     checks.check_logits(student, teacher)
-    checks.check_labels(labels, student, shift, ignore_index)
-    checks.check_num_items(num_items, reduction, student)
+    checks.check_labels(labels, student, shift)
+    items = checks.check_num_items(num_items, reduction, student)
     if inplace:
         checks.check_inplace(student, teacher)
     elif student.requires_grad and torch.is_grad_enabled():
@@ -405,18 +408,19 @@ def _divergence(
 
     tokens = student.shape[:-1]
     counted = None if labels is None else counted_tokens(labels, ignore_index, shift)
-    factor = row_factor(tokens.numel(), counted, reduction, num_items)
+    factor = row_factor(tokens, counted, reduction, items)
     if scale_by_t2:
         factor = factor * rule.temperature**2
-    options = (*rule, return_stats, chosen)
     rows_s, rows_t = ops.as_rows(student, teacher)
 
     if inplace and student.requires_grad and torch.is_grad_enabled():
         # Multiplied, not copied to the device: a copy would wait for it.
         scale = torch.ones((), dtype=torch.float32, device=student.device) * factor
-        loss, stats = ops.InPlaceDivergence.apply(rows_s, rows_t, counted, scale, *options)  # type: ignore[no-untyped-call]
+        loss, stats = ops.InPlaceDivergence.apply(  # type: ignore[no-untyped-call]
+            rows_s, rows_t, counted, scale, rule, return_stats, chosen
+        )
     else:
-        loss, _, stats = ops.divergence(rows_s, rows_t, counted, *options)
+        loss, _, stats = ops.divergence(rows_s, rows_t, counted, *rule, return_stats, chosen)
         loss = loss * factor
     loss = loss.view(tokens) if reduction == "none" else loss.sum()
     if return_stats:
@@ -424,23 +428,45 @@ def _divergence(
     return loss
 
 
+def check_options(
+    *,
+    ignore_index: object,
+    shift: object,
+    reduction: object,
+    scale_by_t2: object,
+    return_stats: object,
+    backend: object,
+) -> tuple[int, int]:
+    """Check the options that all losses have and no divergence depends on: (ignore_index, shift)"""
+    checks.check_choice("reduction", reduction, REDUCTIONS)
+    checks.check_choice("backend", backend, BACKENDS)
+    checks.check_flag("scale_by_t2", scale_by_t2)
+    checks.check_flag("return_stats", return_stats)
+    return checks.check_integer("ignore_index", ignore_index), checks.check_shift(shift)
+
+
 def counted_tokens(labels: Tensor, ignore_index: int, shift: int) -> Tensor:
     """[N] bool: the tokens whose label, `shift` positions on, is not ignored."""
     if shift:
-        labels = torch.nn.functional.pad(labels[..., shift:], (0, shift), value=ignore_index)
+        # Padded before it is cut: a sequence may be shorter than the shift, or of symbolic length.
+        labels = torch.nn.functional.pad(labels, (0, shift), value=ignore_index)[..., shift:]
     return (labels != ignore_index).reshape(-1)
 
 
 def row_factor(
-    tokens: int, counted: Tensor | None, reduction: Reduction, num_items: int | Tensor | None
+    tokens: torch.Size,
+    counted: Tensor | None,
+    reduction: Reduction,
+    num_items: float | Tensor | None,
 ) -> float | Tensor:
     """What the reduction multiplies every row's loss with; no host waits for a count."""
     if reduction != "mean":
         return 1.0
     if isinstance(num_items, Tensor):
-        return num_items.float().reciprocal()
+        return num_items.reciprocal()
     if num_items is not None:
         return 1.0 / num_items
     if counted is None:
-        return 1.0 / max(tokens, 1)
+        # torch.Size.numel() would be an int, and fix the batch of an exported program.
+        return 1.0 / max(math.prod(tokens), 1)
     return counted.sum().clamp(min=1).float().reciprocal()

@@ -20,8 +20,6 @@ from torch import Tensor
 
 from . import checks, ops
 from .functional import (
-    BACKENDS,
-    REDUCTIONS,
     WITHOUT_HEAD,
     Backend,
     DivergenceStats,
@@ -29,17 +27,23 @@ from .functional import (
     LossOrPair,
     Reduction,
     Ties,
+    check_options,
     counted_tokens,
     row_factor,
     rule_of,
 )
-from .rows import STATS
+from .rows import STATS, damping, power_of_two, room
 
 # The fp32 sum of dW, 8 V H bytes read and written once a chunk, should cost little beside the
 # products, 8 V H flops a token or more: a chunk wants thousands of tokens where a machine does 200
 # flops in the time of a byte (a GPU), and a hundred where it does 10. See bench/linear.py.
 CHUNK_BYTES = {"cpu": 2**28}
 CHUNK_BYTES_ELSEWHERE = 2**30
+# What is written of fp16 gradients leaves so much room for their sums over the vocabulary.
+_LARGEST_TERM = 2.0**9
+# The sums over tokens undo the damping, a power of two from 2 up, in the other factor of the
+# product: less this, so that hidden states of any size stay in the range of fp16.
+_UNDAMPING = 8.0
 _ROW_TILE = 128  # chunks are multiples of this where they can be: GEMMs come in such tiles
 
 
@@ -63,7 +67,7 @@ def linear_adaptive_kl(
     ignore_index: int = -100,
     shift: int = 0,
     reduction: Reduction = "mean",
-    num_items: int | Tensor | None = None,
+    num_items: float | Tensor | None = None,
     scale_by_t2: bool = False,
     chunk_bytes: int | None = None,
     accum_dtype: torch.dtype = torch.float32,
@@ -166,7 +170,7 @@ def linear_forward_kl(
     ignore_index: int = -100,
     shift: int = 0,
     reduction: Reduction = "mean",
-    num_items: int | Tensor | None = None,
+    num_items: float | Tensor | None = None,
     scale_by_t2: bool = False,
     chunk_bytes: int | None = None,
     accum_dtype: torch.dtype = torch.float32,
@@ -232,7 +236,7 @@ def linear_reverse_kl(
     ignore_index: int = -100,
     shift: int = 0,
     reduction: Reduction = "mean",
-    num_items: int | Tensor | None = None,
+    num_items: float | Tensor | None = None,
     scale_by_t2: bool = False,
     chunk_bytes: int | None = None,
     accum_dtype: torch.dtype = torch.float32,
@@ -299,7 +303,7 @@ def linear_mixed_kl(
     ignore_index: int = -100,
     shift: int = 0,
     reduction: Reduction = "mean",
-    num_items: int | Tensor | None = None,
+    num_items: float | Tensor | None = None,
     scale_by_t2: bool = False,
     chunk_bytes: int | None = None,
     accum_dtype: torch.dtype = torch.float32,
@@ -344,6 +348,12 @@ def linear_mixed_kl(
     )  # fmt: skip
 
 
+def check_plan(chunk_bytes: object, accum_dtype: object) -> int | None:
+    """Check the options that the losses of logits have not; gives chunk_bytes."""
+    checks.check_accum_dtype(accum_dtype)
+    return None if chunk_bytes is None else checks.check_integer("chunk_bytes", chunk_bytes)
+
+
 def default_chunk_bytes(device: torch.device) -> int:
     return CHUNK_BYTES.get(device.type, CHUNK_BYTES_ELSEWHERE)
 
@@ -383,11 +393,21 @@ class _Plan(NamedTuple):
         return student + sides.teacher_weight.shape[0] * self.teacher_dtype.itemsize
 
     @property
-    def headroom(self) -> float:
-        """By which gradients are multiplied whose upstream gradient is not known."""
-        if self.accum_dtype == torch.float16:  # their sum needs all the room that fp16 has
+    def damped(self) -> bool:
+        """Whether the gradient of the logits is divided by each row's damping."""
+        return self.student_dtype == torch.float16
+
+    def room(self, rule: ops.Rule) -> float:
+        """By which that is multiplied, where the upstream gradient is not known."""
+        if not self.damped:
             return 1.0
-        return ops.HEADROOM.get(self.student_dtype, 1.0)
+        if self.accum_dtype == torch.float16:  # the sum over tokens has all the room of fp16
+            return min(_UNDAMPING, room(rule.rate, ops.LARGEST_WRITTEN))
+        return room(rule.rate, _LARGEST_TERM)
+
+    def unit(self, rule: ops.Rule) -> float:
+        """By which the sums over tokens are multiplied."""
+        return self.room(rule) / _UNDAMPING if self.damped else 1.0
 
     @property
     def any_gradient(self) -> bool:
@@ -402,7 +422,7 @@ def _linear_divergence(
     ignore_index: int,
     shift: int,
     reduction: Reduction,
-    num_items: int | Tensor | None,
+    num_items: float | Tensor | None,
     scale_by_t2: bool,
     chunk_bytes: int | None,
     accum_dtype: torch.dtype,
@@ -410,27 +430,33 @@ def _linear_divergence(
     backend: Backend,
 ) -> LossOrPair:
     """The common body of the losses."""
-    checks.check_choice("reduction", reduction, REDUCTIONS)
-    checks.check_choice("backend", backend, BACKENDS)
-    checks.check_flag("scale_by_t2", scale_by_t2)
-    checks.check_flag("return_stats", return_stats)
-    checks.check_accum_dtype(accum_dtype)
+    ignore_index, shift = check_options(
+        ignore_index=ignore_index,
+        shift=shift,
+        reduction=reduction,
+        scale_by_t2=scale_by_t2,
+        return_stats=return_stats,
+        backend=backend,
+    )
+    chunk_bytes = check_plan(chunk_bytes, accum_dtype)
     student, student_weight, student_bias, teacher, *_ = sides
     checks.check_tensor("student_hidden", student)
     autocast = _autocast_dtype(student.device.type)
     checks.check_projection("student", *sides[:3], student, autocast is not None)
     checks.check_projection("teacher", *sides[3:], student, autocast is not None)
-    checks.check_labels(labels, student, shift, ignore_index, of="student_hidden")
-    checks.check_num_items(num_items, reduction, student, of="student_hidden")
+    checks.check_labels(labels, student, shift, of="student_hidden")
+    items = checks.check_num_items(num_items, reduction, student, of="student_hidden")
     differentiable = torch.is_grad_enabled()
     plan = _Plan(
         student_dtype=autocast or student.dtype,
         teacher_dtype=autocast or teacher.dtype,
         accum_dtype=accum_dtype,
         chunk_bytes=default_chunk_bytes(student.device) if chunk_bytes is None else chunk_bytes,
-        hidden_gradient=differentiable and student.requires_grad,
-        weight_gradient=differentiable and student_weight.requires_grad,
-        bias_gradient=differentiable and student_bias is not None and student_bias.requires_grad,
+        hidden_gradient=differentiable and checks.wants_gradient(student),
+        weight_gradient=differentiable and checks.wants_gradient(student_weight),
+        bias_gradient=differentiable
+        and student_bias is not None
+        and checks.wants_gradient(student_bias),
         backend=ops.resolve_backend(backend, student.device.type),
     )
     checks.check_chunk_bytes(plan.chunk_bytes, plan.bytes_per_row(sides))
@@ -442,15 +468,18 @@ def _linear_divergence(
 
     tokens = student.shape[:-1]
     counted = None if labels is None else counted_tokens(labels, ignore_index, shift)
-    factor = row_factor(tokens.numel(), counted, reduction, num_items)
+    factor = row_factor(tokens, counted, reduction, items)
     if scale_by_t2:
         factor = factor * rule.temperature**2
     rows = sides._replace(
         student_hidden=student.reshape(-1, student.shape[-1]),
         teacher_hidden=teacher.reshape(-1, teacher.shape[-1]),
     )
-    loss, stats, *_ = linear_divergence(*rows, counted, *rule, *plan, per_token, return_stats)
-    loss = loss * factor
+    # Multiplied, not copied to the device: a copy would wait for it.
+    scale = torch.ones((), dtype=torch.float32, device=student.device) * factor
+    loss, stats, *_ = linear_divergence(
+        *rows, counted, scale, *rule, *plan, per_token, return_stats
+    )
     if per_token:
         loss = loss.view(tokens)
     if return_stats:
@@ -466,11 +495,12 @@ def _autocast_dtype(device_type: str) -> torch.dtype | None:
     return torch.get_autocast_dtype(device_type)
 
 
-# The arguments of both operators: _Sides, which tokens count, ops.Rule, _Plan.
+# The arguments of both operators: _Sides, which tokens count, the factor of their losses, ops.Rule,
+# _Plan.
 _ARGUMENTS = """
     Tensor student_hidden, Tensor student_weight, Tensor? student_bias,
     Tensor teacher_hidden, Tensor teacher_weight, Tensor? teacher_bias,
-    Tensor? counted,
+    Tensor? counted, Tensor factor,
     float mu, float temperature, str head, str ties, float? weight,
     float? student_softcap, float? teacher_softcap,
     float student_logit_scale, float teacher_logit_scale,
@@ -483,15 +513,16 @@ _ARGUMENTS = """
     "akl_triton::linear_divergence",
     mutates_args=(),
     schema=f"({_ARGUMENTS}, bool per_token, bool with_stats)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def linear_divergence(*inputs):  # type: ignore[no-untyped-def]
-    """(loss [] or [N] fp32, stats [N, 6] or [0, 6] fp32, gradients of `headroom` * summed loss).
+    """(loss [] or [N] fp32, stats [N, 6] or [0, 6] fp32, dampings, gradients of the summed loss).
 
-    The gradients are [N, H_s], [V_s, H_s] and [V_s], or [0] where the forward pass gives none."""
-    sides, counted, rule, plan, per_token, with_stats = _unpack(inputs)
-    loss, stats, *gradients = _sweep(sides, counted, rule, _now(plan, per_token), with_stats)
-    return (loss if per_token else loss.sum(), stats, *gradients)
+    The gradients are [N, H_s], [V_s, H_s] and [V_s], or [0] where the forward pass gives none. In
+    fp16 they still have to be multiplied by `_rest`; dampings [N] are [0] elsewhere."""
+    sides, counted, factor, rule, plan, per_token, with_stats = _unpack(inputs)
+    loss, *rest = _sweep(sides, counted, factor, rule, _now(plan, per_token), with_stats)
+    return (loss if per_token else loss.sum(), *rest)
 
 
 @torch.library.custom_op(
@@ -501,8 +532,8 @@ def linear_divergence(*inputs):  # type: ignore[no-untyped-def]
 )
 def linear_divergence_backward(upstream, *inputs):  # type: ignore[no-untyped-def]
     """The gradients of sum upstream [N] * loss [N], or [0] where none is wanted."""
-    sides, counted, rule, plan = _unpack(inputs)
-    _, _, *gradients = _sweep(sides, counted, rule, plan, with_stats=False, upstream=upstream)
+    sides, counted, factor, rule, plan = _unpack(inputs)
+    _, _, _, *gradients = _sweep(sides, counted, factor, rule, plan, False, upstream)
     return tuple(gradients)
 
 
@@ -543,19 +574,21 @@ def _empty_gradients(sides: _Sides, plan: _Plan) -> tuple[Tensor, Tensor, Tensor
 
 @linear_divergence.register_fake
 def _(*inputs):  # type: ignore[no-untyped-def]
-    sides, _, _, plan, per_token, with_stats = _unpack(inputs)
+    sides, _, _, _, plan, per_token, with_stats = _unpack(inputs)
     hidden = sides.student_hidden
     n = hidden.shape[0]
     loss = torch.empty((n,) if per_token else (), dtype=torch.float32, device=hidden.device)
     stats = torch.empty(
         n if with_stats else 0, len(STATS), dtype=torch.float32, device=hidden.device
     )
-    return (loss, stats, *_empty_gradients(sides, _now(plan, per_token)))
+    now = _now(plan, per_token)
+    dampings = loss.new_empty(n if now.damped and now.hidden_gradient else 0)
+    return (loss, stats, dampings, *_empty_gradients(sides, now))
 
 
 @linear_divergence_backward.register_fake
 def _(upstream, *inputs):  # type: ignore[no-untyped-def]
-    sides, _, _, plan = _unpack(inputs)
+    sides, _, _, _, plan = _unpack(inputs)
     return _empty_gradients(sides, plan)
 
 
@@ -565,46 +598,58 @@ def _(x, factor, dtype):  # type: ignore[no-untyped-def]
 
 
 def _unpack(inputs: Sequence[Any]) -> tuple[Any, ...]:
-    """The operators' arguments: (sides, counted, rule, plan, the rest)."""
+    """The operators' arguments: (sides, counted, factor, rule, plan, the rest)."""
     a = len(_Sides._fields)
-    b = a + 1 + len(ops.Rule._fields)
+    b = a + 2 + len(ops.Rule._fields)
     c = b + len(_Plan._fields)
     return (
         _Sides(*inputs[:a]),
         inputs[a],
-        ops.Rule(*inputs[a + 1 : b]),
+        inputs[a + 1],
+        ops.Rule(*inputs[a + 2 : b]),
         _Plan(*inputs[b:c]),
         *inputs[c:],
     )
 
 
 def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    sides, counted, rule, plan, per_token, _ = _unpack(inputs)
-    _, stats, *gradients = output
-    ctx.mark_non_differentiable(stats, *gradients)
+    sides, counted, factor, rule, plan, per_token, _ = _unpack(inputs)
+    _, *rest = output
+    ctx.mark_non_differentiable(*rest)
     ctx.set_materialize_grads(False)  # no zeros for what has no upstream gradient
     ctx.late = _late(plan, per_token)
     ctx.options = rule, plan
     ctx.dtypes = [None if x is None else x.dtype for x in sides[:3]]
-    ctx.save_for_backward(*(*sides, counted) if ctx.late else gradients)
+    ctx.save_for_backward(factor, *(*sides, counted) if ctx.late else rest[1:])
 
 
 def _differentiate(ctx, upstream, *_):  # type: ignore[no-untyped-def]
     if torch.is_grad_enabled():  # create_graph=True; what was computed in forward has no graph
         ops.refuse()
     rule, plan = ctx.options
-    saved = ctx.saved_tensors
+    factor, *saved = ctx.saved_tensors
     wanted = plan.hidden_gradient, plan.weight_gradient, plan.bias_gradient
     if ctx.late:
-        saved = linear_divergence_backward(upstream, *saved, *rule, *plan)
-        upstream = torch.ones((), dtype=torch.float32, device=upstream.device)
+        *inputs, counted = saved
+        saved = linear_divergence_backward(upstream, *inputs, counted, factor, *rule, *plan)
+        rests = [torch.ones((), dtype=torch.float32, device=upstream.device)] * 3
     else:
-        upstream = upstream / plan.headroom
+        dampings, *saved = saved
+        rests = [upstream * rest for rest in _rests(factor, dampings, rule, plan)]
     gradients = [
-        scaled(x, upstream, dtype) if some else None
-        for x, dtype, some in zip(saved, ctx.dtypes, wanted, strict=True)
+        scaled(x, rest, dtype) if some else None
+        for x, rest, dtype, some in zip(saved, rests, ctx.dtypes, wanted, strict=True)
     ]
-    return *gradients, *[None] * (6 + len(rule) + len(plan))
+    return *gradients, *[None] * (7 + len(rule) + len(plan))
+
+
+def _rests(factor: Tensor, dampings: Tensor, rule: ops.Rule, plan: _Plan) -> list[Tensor | float]:
+    """What the gradients of hidden states, weight and bias still have to be multiplied by."""
+    if not plan.damped:
+        return [1.0, 1.0, 1.0]
+    of_sums = power_of_two(factor) / plan.unit(rule)
+    of_rows = power_of_two(factor) / plan.room(rule)
+    return [of_rows * dampings if plan.hidden_gradient else of_rows, of_sums, of_sums]
 
 
 linear_divergence.register_autograd(_differentiate, setup_context=_save)
@@ -613,16 +658,22 @@ linear_divergence.register_autograd(_differentiate, setup_context=_save)
 def _sweep(
     sides: _Sides,
     counted: Tensor | None,
+    factor: Tensor,
     rule: ops.Rule,
     plan: _Plan,
     with_stats: bool,
     upstream: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss [N], stats, gradients of sum upstream * loss); upstream None is `headroom` for all."""
+) -> tuple[Tensor, ...]:
+    """(factor * loss [N], stats, dampings, gradients of upstream * that, summed).
+
+    Where the upstream gradient is not known yet it is taken to be 1, and in fp16 the gradients lack
+    `_rests`: a power of two, so that they are rounded once if the loss scale is one, too."""
     student, teacher = sides.student_hidden, sides.teacher_hidden
     n, device = student.shape[0], student.device
-    loss = torch.zeros(n, device=device)
-    stats = torch.zeros(n if with_stats else 0, len(STATS), device=device)
+    loss = torch.zeros(n, dtype=torch.float32, device=device)
+    stats = loss.new_zeros(n if with_stats else 0, len(STATS))
+    damped = upstream is None and plan.damped and plan.any_gradient
+    dampings = loss.new_ones(n if damped and plan.hidden_gradient else 0)
     d_hidden, d_weight, d_bias = (x.zero_() for x in _empty_gradients(sides, plan))
 
     counting = None if counted is None else counted.nonzero().flatten()
@@ -633,7 +684,9 @@ def _sweep(
         sides.teacher_weight.to(plan.teacher_dtype),
     )
     buffers = [weight.new_empty(step, weight.shape[0]) for weight in weights]
-    headroom = torch.full((1,), plan.headroom, device=device)
+    scale = factor.expand(n) if upstream is None else factor * upstream
+    if damped:
+        scale = scale * (plan.room(rule) / power_of_two(factor))
     for start in range(0, count, max(step, 1)):
         end = min(start + step, count)
         rows = slice(start, end) if counting is None else counting[start:end]
@@ -642,20 +695,25 @@ def _sweep(
         _project(h, weights[0], sides.student_bias, out=s)
         _project(teacher[rows].to(plan.teacher_dtype), weights[1], sides.teacher_bias, out=t)
         result = ops.empty_result(s[None], with_stats)
-        factor = None
-        if plan.any_gradient:
-            factor = headroom.expand(end - start) if upstream is None else upstream[rows]
-        ops.forward_rows(s[None], t[None], None, result, rule, plan.backend, factor)
-        loss[rows] = result.loss
+        scale_of_rows = scale[rows] if plan.any_gradient else None
+        ops.forward_rows(s[None], t[None], None, result, rule, plan.backend, scale_of_rows, damped)
+        loss[rows] = factor * result.loss
         if with_stats:
             stats[rows] = result.stats
         if plan.hidden_gradient:
             d_hidden[rows] = s @ weights[0]
+        undamping = None
+        if damped:
+            row_dampings = damping(result.loss)
+            undamping = row_dampings[:, None] / _UNDAMPING
+            if plan.hidden_gradient:
+                dampings[rows] = row_dampings
         if plan.weight_gradient:
-            _add_product(d_weight, s, h)
+            undamped = h if undamping is None else (h * undamping).to(h.dtype)
+            _add_product(d_weight, s, undamped)
         if plan.bias_gradient:
-            _add_sum(d_bias, s)
-    return loss, stats, d_hidden, d_weight, d_bias
+            _add_sum(d_bias, s, undamping)
+    return loss, stats, dampings, d_hidden, d_weight, d_bias
 
 
 def _project(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
@@ -678,7 +736,8 @@ def _add_product(total: Tensor, ds: Tensor, hidden: Tensor) -> None:
             total[block].addmm_(ds[:, block].t().to(total.dtype), wide)
 
 
-def _add_sum(total: Tensor, ds: Tensor) -> None:
-    """total [V] += sum of ds over the tokens."""
+def _add_sum(total: Tensor, ds: Tensor, factor: Tensor | None) -> None:
+    """total [V] += sum of ds over the tokens, each times its factor [C, 1] fp32."""
     for block in ops.blocks(ds.t()):
-        total[block] += ds[:, block].sum(0, dtype=total.dtype)
+        terms = ds[:, block] if factor is None else ds[:, block] * factor
+        total[block] += terms.sum(0, dtype=total.dtype)

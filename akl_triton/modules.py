@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from . import functional, linear
+from . import checks, functional, linear
 from .functional import LossOrPair
 
 
@@ -21,19 +21,48 @@ class _Options(torch.nn.Module):
 
     def __init__(self, **options: Any) -> None:
         super().__init__()
-        known = inspect.signature(self.function).parameters.values()
-        keywords = (p.name for p in known if p.kind is p.KEYWORD_ONLY)
-        names = [name for name in keywords if name not in self.of_a_call]
-        unknown = sorted(options.keys() - set(names))
+        defaults = {
+            p.name: p.default
+            for p in inspect.signature(self.function).parameters.values()
+            if p.kind is p.KEYWORD_ONLY and p.name not in self.of_a_call
+        }
+        unknown = sorted(options.keys() - defaults.keys())
         if unknown:
             raise TypeError(
-                f"{type(self).__name__}: expected options among {', '.join(names)}, "
+                f"{type(self).__name__}: expected options among {', '.join(defaults)}, "
                 f"got {', '.join(unknown)}"
             )
+        _check(**(defaults | options))
         self.options = options
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+
+
+def _check(
+    *,
+    mu: float = 0.5,
+    head: functional.Head = "exclusive",
+    ties: functional.Ties = "stable",
+    weight: float | None = None,
+    temperature: float,
+    student_softcap: float | None,
+    teacher_softcap: float | None,
+    student_logit_scale: float,
+    teacher_logit_scale: float,
+    inplace: bool = False,
+    chunk_bytes: int | None = None,
+    accum_dtype: torch.dtype = torch.float32,
+    **common: Any,
+) -> None:
+    """Check the options of any loss, here where they are given: a call comes after both models."""
+    functional.rule_of(
+        mu, head, ties, weight, temperature,
+        student_softcap, teacher_softcap, student_logit_scale, teacher_logit_scale,
+    )  # fmt: skip
+    functional.check_options(**common)
+    checks.check_flag("inplace", inplace)
+    linear.check_plan(chunk_bytes, accum_dtype)
 
 
 class _Loss(_Options):
@@ -47,7 +76,7 @@ class _Loss(_Options):
         teacher_logits: Tensor,
         labels: Tensor | None = None,
         *,
-        num_items: int | Tensor | None = None,
+        num_items: float | Tensor | None = None,
     ) -> LossOrPair:
         """The loss of student_logits [..., V_s] against teacher_logits [..., V_t]."""
         return type(self).function(
@@ -121,7 +150,7 @@ class _LinearLoss(_Options):
         *,
         student_bias: Tensor | None = None,
         teacher_bias: Tensor | None = None,
-        num_items: int | Tensor | None = None,
+        num_items: float | Tensor | None = None,
     ) -> LossOrPair:
         """The loss of hidden [..., H] @ weight [V, H]^T + bias [V], student against teacher."""
         return type(self).function(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import eager
-from .rows import STATE_WIDTH, STATS, LogitMap, RowResult
+from .rows import STATE_WIDTH, STATS, LogitMap, RowResult, damping, power_of_two, room
 
 TRITON, TORCH = "triton", "torch"
 
@@ -65,10 +65,10 @@ def as_rows(student: Tensor, teacher: Tensor) -> list[Tensor]:
     return [x.reshape(1, -1, x.shape[-1]) for x in both]
 
 
-# A gradient that is written before its upstream gradient is known is multiplied by this, a power of
-# 2: probabilities of a row of 32,000 tokens lie below the normal numbers of fp16, and no loss scale
-# could bring back what is lost there. It leaves room for |ds| up to 255.
-HEADROOM = {torch.float16: 256.0}
+# A gradient in fp16 that is written before its loss scale is known uses the whole range of fp16: no
+# loss scale could bring back what is lost below it, and a row of 32,000 tokens has probabilities
+# there. Rows are divided by `damping`, a bound of what they hold, and multiplied by `room`.
+LARGEST_WRITTEN = 2.0**14
 # Temporaries of work in fp32 on tensors of another dtype.
 BLOCK_BYTES = 4 * 2**20
 
@@ -92,6 +92,11 @@ class Rule(NamedTuple):
     teacher_softcap: float | None
     student_logit_scale: float
     teacher_logit_scale: float
+
+    @property
+    def rate(self) -> float:
+        """The most that the derivative of a scaled logit is, by the student's own."""
+        return self.student_logit_scale / self.temperature
 
     @property
     def student_map(self) -> LogitMap:
@@ -206,16 +211,19 @@ def divergence_with_gradient(
     teacher_softcap: float | None,
     student_logit_scale: float,
     teacher_logit_scale: float,
+    damped: bool,
     with_stats: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """(loss [N], stats), and upstream [N] * dloss/dstudent written over the student logits."""
+    """(loss [N], stats), and upstream [N] * dloss/dstudent written over the student logits.
+
+    `damped` divides that of a row by `damping` of its loss."""
     result = empty_result(student, with_stats)
     rule = Rule(
         mu, temperature, head, ties, weight,
         student_softcap, teacher_softcap, student_logit_scale, teacher_logit_scale,
     )  # fmt: skip
-    forward_rows(student, teacher, counted, result, rule, backend, upstream)
+    forward_rows(student, teacher, counted, result, rule, backend, upstream, damped)
     return result.loss, result.stats
 
 
@@ -271,17 +279,25 @@ divergence_backward.register_autograd(refuse)
 class InPlaceDivergence(torch.autograd.Function):
     """loss * factor, whose gradient is left in the student logits' storage.
 
-    The factor is in that gradient, so that an upstream gradient of 1 leaves nothing to do; but in
-    fp16 it is `HEADROOM` that is."""
+    The factor is in that gradient, so that an upstream gradient of 1 leaves nothing to do. In fp16
+    it is there up to a power of two, as is all that backward multiplies by if the loss scale is
+    one: the gradient is rounded once."""
 
     @staticmethod
-    def forward(ctx, student, teacher, counted, factor, *options):  # type: ignore[no-untyped-def]
-        headroom = HEADROOM.get(student.dtype)
-        scale = factor if headroom is None else torch.full_like(factor, headroom)
+    def forward(ctx, student, teacher, counted, factor, rule, *options):  # type: ignore[no-untyped-def]
+        damped = student.dtype == torch.float16
+        scale, rest = factor, None  # what the gradient has of the factor, and what it lacks
+        if damped:
+            rest = power_of_two(factor) / room(rule.rate, LARGEST_WRITTEN)
+            scale = factor / rest
         n = student.shape[0] * student.shape[1]
-        loss, stats = divergence_with_gradient(student, teacher, counted, scale.expand(n), *options)
+        loss, stats = divergence_with_gradient(
+            student, teacher, counted, scale.expand(n), *rule, damped, *options
+        )
+        if rest is not None:
+            rest = rest * damping(loss)
         ctx.mark_non_differentiable(stats)
-        ctx.save_for_backward(student, None if headroom is None else factor / headroom)
+        ctx.save_for_backward(student, rest)
         ctx.backend = options[-1]
         return loss * factor, stats
 
@@ -293,7 +309,7 @@ class InPlaceDivergence(torch.autograd.Function):
         gradient = gradient.detach()
         factor = upstream if rest is None else upstream * rest
         rescale(gradient.view(-1, gradient.shape[-1]), factor, ctx.backend)
-        return gradient, *[None] * (5 + len(Rule._fields))
+        return gradient, *[None] * 6
 
 
 def empty_result(student: Tensor, with_stats: bool) -> RowResult:
@@ -313,8 +329,10 @@ def forward_rows(
     rule: Rule,
     backend: str,
     upstream: Tensor | None = None,
+    damped: bool = False,
 ) -> None:
-    """Fill `result`; with `upstream`, write the gradient over the student logits."""
+    """Fill `result`; with `upstream`, write the gradient over the student logits (`damped`: as in
+    `divergence_with_gradient`)."""
     if student.numel() == 0:
         return
     loss, state, stats = result
@@ -339,6 +357,7 @@ def forward_rows(
             teacher_logit_scale=rule.teacher_logit_scale,
             gradient=None if upstream is None else student,
             upstream=upstream,
+            damped=damped,
         )
         return
     options: dict[str, Any] = {
@@ -352,7 +371,7 @@ def forward_rows(
             part = eager.forward(*inputs, **options)
         else:
             part = eager.forward_with_gradient(
-                *inputs, upstream[rows], **options, out=student[outer]
+                *inputs, upstream[rows], **options, out=student[outer], damped=damped
             )
         loss[rows], state[rows] = part.loss, part.state
         if len(stats):

@@ -43,6 +43,13 @@ def gradient_coefficients(
 
 
 @triton.jit
+def damping(loss):
+    """The power of two at or below 2 + |loss|, where |ds| <= rate (2 + |loss|)."""
+    bits = (tl.abs(loss) + 2.0).to(tl.int32, bitcast=True) & 0x7F800000
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def row_gradient(
     ds_row,  # gradient of the row, offset 0; may be s_row
     t_row, s_row, lead, end_t, end_s,

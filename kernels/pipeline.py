@@ -16,7 +16,7 @@ import triton.language as tl
 from triton.runtime import driver
 
 from .divergence import row_divergence
-from .gradient import gradient_coefficients, row_gradient
+from .gradient import damping, gradient_coefficients, row_gradient
 from .head import head_boundary
 from .launch_table import CANDIDATES, REGISTERS, launch_for
 from .rows import row_offset, row_pointer
@@ -46,7 +46,7 @@ def forward_kernel(
     weight,  # w where there is no head
     HAS_HEAD: tl.constexpr, INCLUSIVE: tl.constexpr, STABLE: tl.constexpr,
     FORWARD: tl.constexpr, REVERSE: tl.constexpr, STATS: tl.constexpr,
-    HAS_MASK: tl.constexpr, HAS_GRADIENT: tl.constexpr,
+    HAS_MASK: tl.constexpr, HAS_GRADIENT: tl.constexpr, DAMPED: tl.constexpr,
     HAS_LEAD: tl.constexpr, S_ALIGNED: tl.constexpr, DS_ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -99,6 +99,8 @@ def forward_kernel(
         )
         if HAS_GRADIENT:
             g = tl.load(upstream_ptr + row * stride_upstream)
+            if DAMPED:
+                g /= damping(loss)
             row_gradient(
                 row_pointer(
                     ds_ptr, row_offset(row, inner, outer_ds, inner_ds), lead, DS_ALIGNED
@@ -221,6 +223,7 @@ def forward(
     teacher_logit_scale: float = 1.0,
     gradient: torch.Tensor | None = None,  # [outer, inner, V_s] student's dtype; may be student
     upstream: torch.Tensor | None = None,  # [N] fp32, any stride
+    damped: bool = False,  # divide the gradient of a row by `damping` of its loss
 ) -> None:
     """Launch A R B, and C where a gradient is given."""
     maps = _maps(
@@ -249,6 +252,7 @@ def forward(
             STATS=stats is not None,
             HAS_MASK=counted is not None,
             HAS_GRADIENT=gradient is not None,
+            DAMPED=damped,
             **_addressing(student, teacher, student if gradient is None else gradient),
             **_registers("adaptive" if weight is None else "fixed weight"),
         )

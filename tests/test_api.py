@@ -513,6 +513,25 @@ def test_every_loss_and_its_stats(name, backend, device):
     assert_near(gradient(loss, student), expected.grad / TOKENS)
 
 
+@pytest.mark.parametrize("name", LOSSES)
+def test_backward_spares_the_reverse_part_where_its_weight_is_0(name, backend, device, monkeypatch):
+    if backend == "torch":
+        pytest.skip("the PyTorch backend has one formula for all weights")
+    from akl_triton.kernels import pipeline
+
+    asked = []
+    launch = pipeline.backward
+
+    def backward(*tensors: Tensor, reverse: bool, **options: Any) -> None:
+        asked.append(reverse)
+        launch(*tensors, reverse=reverse, **options)
+
+    monkeypatch.setattr(pipeline, "backward", backward)
+    student, teacher = pair(device)
+    LOSSES[name][0](student, teacher, backend=backend).backward()
+    assert asked == [name != "forward_kl"]
+
+
 def test_stats_do_not_change_the_loss(backend, device):
     student, teacher = pair(device)
     plain = adaptive_kl(student, teacher, backend=backend)

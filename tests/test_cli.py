@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 import akl_triton
+from akl_triton import forward_kl
 
 pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
@@ -118,6 +119,27 @@ def test_check_fails_on_a_wrong_result(
     monkeypatch.setattr(check, "CASES", [check.Case("small", 1024), check.CASES[-1]])
     assert main(["check", "--device", "cpu"]) == 1
     assert "1 of 2 cases agree" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("columns", [80, 70])
+def test_check_shows_every_verdict_whole(
+    columns: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In a narrow terminal, too, and whatever the names of the cases are."""
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setattr(akl_triton, "adaptive_kl", _always_nan)
+    longest = max(check.CASES, key=lambda case: len(case.name))
+    monkeypatch.setattr(check, "CASES", [check.Case(f"{longest.name}, longer", 1024), longest])
+    assert main(["check", "--device", "cpu"]) == 1
+    shown = capsys.readouterr().out
+    assert shown.count("FAILED") == 2
+    assert "…" not in shown
+
+
+def _always_nan(student: Tensor, *inputs: Tensor, **options: Any) -> Any:
+    loss, stats = forward_kl(student, *inputs, reduction="none", return_stats=True)
+    loss = loss * torch.nan
+    return (loss, stats) if options.get("return_stats") else loss
 
 
 def _gradient_of_a_sum(hidden: Tensor, weight: Tensor, reduction: str) -> Any:

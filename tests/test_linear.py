@@ -313,6 +313,53 @@ def test_the_sum_over_half_precision_chunks_is_rounded_once(backend, device, wei
 # ---- chunks
 
 
+def test_the_bias_of_a_half_precision_chunk_is_summed_in_accum_dtype():
+    """A thousand equal tokens: a bf16 sum of their gradients stops growing."""
+    case = make_case(dtype=BF16, shape=(1,))
+    n = 1000
+    hidden, teacher_hidden = (x.detach().expand(n, -1) for x in (case[0], case[2]))
+
+    def bias_gradient(*hiddens: Tensor) -> Tensor:
+        weights = case.student_weight.detach(), case.teacher_weight
+        loss = linear_adaptive_kl(
+            hiddens[0], weights[0], hiddens[1], weights[1],
+            student_bias=case.student_bias, reduction="sum",
+        )  # fmt: skip
+        return torch.autograd.grad(loss, case.student_bias)[0].double()
+
+    once = bias_gradient(hidden[:1], teacher_hidden[:1])
+    torch.testing.assert_close(bias_gradient(hidden, teacher_hidden), n * once, rtol=1e-2, atol=0)
+
+
+def test_autocast_of_a_teacher_of_another_dtype():
+    """Both sides' products have autocast's dtype, whatever theirs is."""
+    case = make_case()
+    teacher = case.teacher_hidden.half(), case.teacher_weight.double().to(BF16)
+    with torch.autocast("cpu", BF16):
+        loss = linear_adaptive_kl(case.student_hidden, case.student_weight, *teacher)
+        logits = F.linear(case.student_hidden, case.student_weight), F.linear(*teacher)
+        expected = adaptive_kl(*logits)
+    assert logits[1].dtype == BF16
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("place", [0, 1, 2, 3])
+def test_inference_tensors_that_backward_would_need(place):
+    """With a loss per token and a weight to train the products are made again in backward."""
+    case = make_case()
+    tensors = [x.detach() for x in case[:4]]
+    with torch.inference_mode():
+        tensors[place] = tensors[place].clone()
+    trained = 0 if place == 1 else 1
+    tensors[trained].requires_grad_()
+    if trained == 1:
+        name = Case._fields[place]
+        with pytest.raises(ValueError, match=rf"^{name}: expected a tensor that autograd can keep"):
+            linear_adaptive_kl(*tensors, reduction="none")
+    linear_adaptive_kl(*tensors).backward()
+    assert cast(Tensor, tensors[trained].grad).isfinite().all()
+
+
 def test_the_chunk_changes_rounding_alone():
     case = make_case()
     whole, gradients = run(linear_adaptive_kl, case, some_labels())
@@ -638,9 +685,10 @@ def test_opcheck(backend, device, per_token):
     plan = linear._Plan(FP32, FP32, FP32, 4 * ROW_BYTES, True, True, True, backend)
     leaves = *(x.clone().requires_grad_() for x in cast(tuple[Tensor, ...], flat[:3])), *flat[3:]
     upstream = torch.linspace(-1, 1, 21, device=device)
+    factor = torch.tensor(0.7, device=device)
     calls: list[tuple[Any, tuple[Any, ...]]] = [
-        (linear.linear_divergence, (*leaves, counted, *rule, *plan, per_token, per_token)),
-        (linear.linear_divergence_backward, (upstream, *flat, counted, *rule, *plan)),
+        (linear.linear_divergence, (*leaves, counted, factor, *rule, *plan, per_token, per_token)),
+        (linear.linear_divergence_backward, (upstream, *flat, counted, factor, *rule, *plan)),
         (linear.scaled, (flat[0], upstream if per_token else upstream[1], BF16)),
     ]
     for operator, arguments in calls:
@@ -760,6 +808,16 @@ def test_module_refuses_what_is_no_option(option):
 
 GOOD = make_case()
 BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "device": (
+        {"student_weight": torch.zeros(V_S, H_S, device="meta")},
+        ValueError,
+        r"student_weight: expected the device of student_hidden, cpu, got meta",
+    ),
+    "device of the teacher": (
+        {"teacher_hidden": torch.zeros(*SHAPE, H_T, device="meta")},
+        ValueError,
+        r"teacher_hidden: expected the device of student_hidden, cpu, got meta",
+    ),
     "hidden size": (
         {"student_weight": torch.zeros(V_S, H_S + 1)},
         ValueError,
@@ -833,11 +891,6 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         ValueError,
         r"student_hidden: expected a tensor with data, got \[3, 7, 16\] float32 on meta",
     ),
-    "meta weight": (
-        {"teacher_weight": torch.zeros(V_T, H_T, device="meta")},
-        ValueError,
-        r"teacher_weight: expected a tensor with data",
-    ),
     "teacher requires grad": (
         {"teacher_weight": torch.zeros(V_T, H_T, requires_grad=True)},
         ValueError,
@@ -881,7 +934,7 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "mu": ({"mu": 1.0}, ValueError, r"mu: expected .*got 1"),
     "reduction": ({"reduction": "batchmean"}, ValueError, r"reduction: expected one of 'none'"),
     "backend": ({"backend": "cuda"}, ValueError, r"backend: expected one of 'auto'"),
-    "num_items": ({"num_items": 0}, ValueError, r"num_items: expected > 0"),
+    "num_items": ({"num_items": -1}, ValueError, r"num_items: expected >= 0"),
     "return_stats": ({"return_stats": 1}, TypeError, r"return_stats: expected True or False"),
 }
 

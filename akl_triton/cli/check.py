@@ -157,9 +157,11 @@ def run(arguments: argparse.Namespace) -> int:
         box=SIMPLE_HEAD,
         pad_edge=False,
     )
-    table.add_column("case", no_wrap=True)
+    # In a narrow terminal the names give way, for they alone may wrap.
+    table.add_column("", no_wrap=True)
+    table.add_column("case")
     table.add_column("dtype", no_wrap=True)
-    for column in ("V", "loss\nerror", "grad\nerror", "wrong\nheads", ""):
+    for column in ("V", "loss\nerror", "grad\nerror", "wrong\nheads"):
         table.add_column(column, justify="right", no_wrap=True)
     failed = 0
     for case in track(CASES, "Checking", console=console, transient=True):
@@ -167,13 +169,13 @@ def run(arguments: argparse.Namespace) -> int:
         result = compare(case, student.to(device), teacher.to(device), labels, backend)
         failed += not result.passed
         table.add_row(
+            "[green]ok" if result.passed else "[bold red]FAILED",
             case.name,
             "/".join(dict.fromkeys(SHORT[x.dtype] for x in (student, teacher))),
             f"{teacher.shape[1]:,}",
             f"{result.loss_error:.0e}",
             f"{result.gradient_error:.0e}",
             str(result.wrong_heads),
-            "[green]ok" if result.passed else "[bold red]FAILED",
         )
     console.print(table)
     console.print(
