@@ -2,25 +2,38 @@
 
 Rows are taken a few at a time through a handful of fp32 work spaces that stay in the cache, so
 nothing of the logits' size is ever allocated. On a CPU nothing is sorted but a sample of each row
-and the few tokens around the head's boundary: see `_narrow`.
+and the few tokens around the head's boundary: see `_narrow`; and a thread takes whole rows, so that
+no two threads ever wait for each other: see `workers`.
+
+Every result is the same for any number of threads, and finite where the logits are. What would not
+be finite in fp32 is held: |ln p - ln q| at `_HELD`, a gradient at the largest number.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
+from . import workers
 from .rows import STATE_WIDTH, STATS, LogitMap, RowResult, damping
 
-TEMPORARY_BYTES = 64 * 2**20  # budget for the temporaries of a call; at least one row is taken
-_BYTES_PER_LOGIT = 96  # of temporaries at worst: work spaces, masks, a sort and its fp64 sums
-_CPU_CHUNK = 2**19  # logits in one work space on a CPU: the six of them stay in its cache
+# Budget for the temporaries of a call; at least one row is taken.
+TEMPORARY_BYTES = 64 * 2**20
+_BYTES_PER_LOGIT = 64  # of temporaries at worst: work spaces, masks, a sort and its fp64 sums
+_CPU_CHUNK = 2**18  # logits in one work space on a CPU: the six of them stay near its cache
+_SMALL_CHUNK = 2**16  # and where there are too few rows for that to occupy `_FEW` threads
+_FEW = 8
 _SAMPLE = 256  # tokens that stand for a row when the head's last logit is guessed
 _LOG2_E = math.log2(math.e)
+_LARGEST = torch.finfo(torch.bfloat16).max  # finite in every dtype of that range
+_SMALLEST = torch.finfo(torch.float32).tiny
+_HELD = 1e37 / _LOG2_E  # of |ln p - ln q|, as the kernels have it: 1e37 bits
+_HUGE = 2.0**100  # sums this large, in logits or in nats, are taken with care
+_STEEP = 2.0**20  # and everything where a unit of the logits is this many nats
 IDENTITY = LogitMap()
 
 _Rows: TypeAlias = slice | Tensor  # a run of rows, or the indices of scattered ones
@@ -46,13 +59,15 @@ class _Chunk(NamedTuple):
 
 
 class _Slope(NamedTuple):
-    """Row constants of dloss/dstudent = q (a - k d) - b p, or q a_dropped where a side is -inf."""
+    """Row constants of dloss/dstudent = rate (q (a - k (d - center)) - b p), or rate q a_dropped
+    where a side is -inf; rate is the student's scale over T."""
 
-    a: Tensor  # each [R, 1] fp32
-    a_dropped: Tensor
+    center: Tensor  # each [R, 1] fp32
     k: Tensor
+    a: Tensor
+    a_dropped: Tensor
     b: Tensor
-    drops: Tensor  # 1 where the row has such a token
+    careful: Tensor  # 1 where d is in nats, held, and 0 where a side is -inf: see `_nats`
 
 
 class _RowStats(NamedTuple):
@@ -82,7 +97,8 @@ def forward(
     """Loss, backward state and statistics of every row that counts; zeros for the others.
 
     Shape:
-        student [N, V_s], teacher [N, V_t], counted [N] bool or None where all rows count.
+        student [N, V_s], teacher [N, V_t], or [outer, inner, V] of N = outer * inner rows; counted
+        [N] bool or None where all rows count. V has unit stride.
     Dtype:
         fp32, bf16 or fp16, also mixed; computed and returned in fp32.
     With a fixed weight there is no head: head_mass and head_size are then NaN.
@@ -107,7 +123,7 @@ def forward_with_gradient(
     student_map: LogitMap = IDENTITY,
     teacher_map: LogitMap = IDENTITY,
 ) -> RowResult:
-    """As `forward`, and upstream [N] * dloss/dstudent into out [N, V_s], which may be student.
+    """As `forward`, and upstream [N] * dloss/dstudent into out, shaped like student or it itself.
 
     `damped` divides the gradient of a row by `damping` of its loss."""
     options = _Options(mu, temperature, head, ties, weight, student_map, teacher_map)
@@ -126,17 +142,25 @@ def backward(
     student_map: LogitMap = IDENTITY,
     teacher_map: LogitMap = IDENTITY,
 ) -> None:
-    """upstream [N] * dloss/dstudent into out [N, V_s], which may be student."""
-    spaces = _work_spaces(student, teacher)
-    for rows in _chunks(counted, student, spaces):
-        max_t, max_s, *constants, _ = state[rows, :, None].unbind(1)
+    """upstream [N] * dloss/dstudent into out, shaped like student or it itself."""
+    student, teacher, by_row = _merged(student), _merged(teacher), _merged(out)
+    maps = student_map, teacher_map
+    temperature = max(temperature, _SMALLEST)
+
+    def work(rows: _Rows, spaces: Tensor) -> None:
+        s, t = _take(student, rows), _take(teacher, rows)
+        max_t, max_s, *constants = state[rows, :, None].unbind(1)
         slope = _Slope(*constants)
-        s, t, maps = student[rows], teacher[rows], (student_map, teacher_map)
         chunk = _exponentials(s, t, max_t, max_s, temperature, maps, spaces)
-        looks_kept = _sync_is_free(student) and not slope.drops.any()
-        kept = None if looks_kept else _keep(chunk.d)
-        _write_gradient(chunk, slope, kept, upstream[rows], s, student_map, out, rows)
-    _clear_uncounted(out, counted)
+        kept = None
+        if not _sync_is_free(student) or slope.careful.any():
+            kept = _nats(chunk.d, s, t, temperature)
+        _write_gradient(
+            chunk, slope, kept, upstream[rows], s, student_map, temperature, by_row, rows
+        )
+
+    _for_each_chunk(work, student, teacher, counted)
+    _clear_uncounted(by_row, counted)
 
 
 def _sweep(
@@ -148,44 +172,118 @@ def _sweep(
     out: Tensor | None = None,
     damped: bool = False,
 ) -> RowResult:
-    n, device = student.shape[0], student.device
+    student, teacher = _merged(student), _merged(teacher)
+    by_row = None if out is None else _merged(out)
+    n, device = student.shape[0] * student.shape[1], student.device
     result = RowResult(
-        loss=torch.zeros(n, device=device),
-        state=torch.zeros(n, STATE_WIDTH, device=device),
-        stats=torch.zeros(n, len(STATS), device=device),
+        loss=torch.zeros(n, dtype=torch.float32, device=device),
+        state=torch.zeros(n, STATE_WIDTH, dtype=torch.float32, device=device),
+        stats=torch.zeros(n, len(STATS), dtype=torch.float32, device=device),
     )
-    spaces = _work_spaces(student, teacher)
-    for rows in _chunks(counted, student, spaces):
-        s, t = student[rows], teacher[rows]
+    options = options._replace(temperature=max(options.temperature, _SMALLEST))
+    temperature, maps = options.temperature, (options.student_map, options.teacher_map)
+
+    def work(rows: _Rows, spaces: Tensor) -> None:
+        s, t = _take(student, rows), _take(teacher, rows)
         max_t, max_s = t.amax(-1, keepdim=True).float(), s.amax(-1, keepdim=True).float()
-        maps = options.student_map, options.teacher_map
-        chunk = _exponentials(s, t, max_t, max_s, options.temperature, maps, spaces)
-        stats, slope, kept = _divergence(chunk, t, max_t, options)
+        chunk = _exponentials(s, t, max_t, max_s, temperature, maps, spaces)
+        stats, slope, kept = _divergence(chunk, s, t, max_t, options)
         w = stats.head_weight
         loss = w * stats.forward_kl + (1.0 - w) * stats.reverse_kl
         result.loss[rows] = loss.squeeze(-1)
-        result.state[rows, : 2 + len(slope)] = torch.cat((max_t, max_s, *slope), dim=-1)
+        result.state[rows] = torch.cat((max_t, max_s, *slope), dim=-1)
         result.stats[rows] = torch.cat(stats, dim=-1)
-        if upstream is not None and out is not None:
+        if upstream is not None and by_row is not None:
             g = upstream[rows]
             if damped:
                 g = g / damping(loss.squeeze(-1))
-            _write_gradient(chunk, slope, kept, g, s, options.student_map, out, rows)
+            _write_gradient(chunk, slope, kept, g, s, maps[0], temperature, by_row, rows)
+
+    _for_each_chunk(work, student, teacher, counted)
     for rows_of in result:
         _clear_uncounted(rows_of, counted)
-    if out is not None:
-        _clear_uncounted(out, counted)
+    if by_row is not None:
+        _clear_uncounted(by_row, counted)
     return result
 
 
-def _work_spaces(student: Tensor, teacher: Tensor) -> Tensor:
-    """[6, R, max(V_s, V_t)] fp32, used again by every chunk of R rows."""
-    vocabulary = max(student.shape[-1], teacher.shape[-1])
-    rows = TEMPORARY_BYTES // (_BYTES_PER_LOGIT * vocabulary)
+def _for_each_chunk(
+    work: Callable[[_Rows, Tensor], None],
+    student: Tensor,
+    teacher: Tensor,
+    counted: Tensor | None,
+) -> None:
+    """work(rows, spaces) for runs of R rows that count, with [6, R, max(V_s, V_t)] fp32 of its own.
+
+    How rows are cut into runs must not depend on the number of threads: a row's rounding may depend
+    on those that are computed with it."""
+    n, vocabulary = student.shape[0] * student.shape[1], max(student.shape[-1], teacher.shape[-1])
+    within_budget = max(TEMPORARY_BYTES // (_BYTES_PER_LOGIT * vocabulary), 1)
+    step, threads, counting = within_budget, 1, None
     if _sync_is_free(student):
-        rows = min(rows, _CPU_CHUNK // vocabulary)
-    rows = min(max(rows, 1), student.shape[0])
-    return torch.empty(6, rows, vocabulary, dtype=torch.float32, device=student.device)
+        if counted is not None:
+            counting = counted.nonzero().flatten()
+            n = len(counting)
+        step = min(_CPU_CHUNK // vocabulary, max(n // _FEW, _SMALL_CHUNK // vocabulary))
+        step = max(min(step, within_budget), 1)
+        threads = torch.get_num_threads()
+    chunks = _runs(n, step, counting)
+
+    def spaces(threads: int) -> Tensor:
+        shape = threads, 6, min(step, n), vocabulary
+        return torch.empty(shape, dtype=torch.float32, device=student.device)
+
+    if threads > 1 and chunks:  # also for a single chunk, which is then as it is in one thread
+        threads = min(threads, len(chunks), within_budget // step)
+        workers.share_out(work, chunks, spaces(threads).unbind())
+        return
+    space = spaces(1)[0]
+    for rows in chunks:
+        work(rows, space)
+
+
+def _runs(n: int, step: int, counting: Tensor | None) -> list[_Rows]:
+    """The n rows, or those whose indices are `counting`, `step` at a time."""
+    if counting is None:
+        return [slice(start, min(start + step, n)) for start in range(0, n, step)]
+    runs: list[_Rows] = []
+    for start in range(0, n, step):
+        some = counting[start : start + step]
+        first, end = int(some[0]), int(some[-1]) + 1
+        # A run can be read where it lies; scattered rows have to be gathered.
+        runs.append(slice(first, end) if end - first == len(some) else some)
+    return runs
+
+
+def _merged(x: Tensor) -> Tensor:
+    """[N, V] or [outer, inner, V] as [outer, inner, V], outer 1 where the strides allow it."""
+    if x.dim() == 2:
+        return x[None]
+    outer, inner, _ = x.shape
+    if outer == 1 or inner == 1 or x.stride(0) == inner * x.stride(1):
+        return x.view(1, outer * inner, -1)
+    return x
+
+
+def _take(x: Tensor, rows: _Rows) -> Tensor:
+    """Rows of x [outer, inner, V] as [R, V]: a view if possible."""
+    view = _view(x, rows)
+    return x[_places(x, rows)] if view is None else view
+
+
+def _view(x: Tensor, rows: _Rows) -> Tensor | None:
+    if isinstance(rows, Tensor):
+        return None
+    outer, start = divmod(rows.start, x.shape[1])
+    end = start + rows.stop - rows.start
+    return x[outer, start:end] if end <= x.shape[1] else None
+
+
+def _places(x: Tensor, rows: _Rows) -> tuple[Tensor, Tensor]:
+    """Where the rows are in x [outer, inner, V]."""
+    if isinstance(rows, slice):
+        rows = torch.arange(rows.start, rows.stop, device=x.device)
+    return rows // x.shape[1], rows % x.shape[1]
 
 
 def _sync_is_free(x: Tensor) -> bool:
@@ -193,28 +291,15 @@ def _sync_is_free(x: Tensor) -> bool:
     return x.device.type == "cpu"
 
 
-def _chunks(counted: Tensor | None, student: Tensor, spaces: Tensor) -> Iterator[_Rows]:
-    """The rows, as many at a time as the spaces hold; where looking stalls, uncounted ones too."""
-    n, step = student.shape[0], max(spaces.shape[1], 1)
-    if counted is None or not _sync_is_free(student):
-        yield from (slice(start, min(start + step, n)) for start in range(0, n, step))
-        return
-    rows = counted.nonzero().flatten()
-    for start in range(0, len(rows), step):
-        some = rows[start : start + step]
-        first, end = int(some[0]), int(some[-1]) + 1
-        # A run can be read where it lies; scattered rows have to be gathered.
-        yield slice(first, end) if end - first == len(some) else some
-
-
 def _clear_uncounted(x: Tensor, counted: Tensor | None) -> None:
-    """Zero the rows of x that do not count, NaN included."""
+    """Zero the rows of x, or its entries if it has one a row, that do not count, NaN included."""
     if counted is None:
         return
+    uncounted = ~counted.view(x.shape[: max(x.dim() - 1, 1)])
     if _sync_is_free(x):
-        x.index_fill_(0, (~counted).nonzero().flatten(), 0.0)
+        x[uncounted] = 0.0
     else:
-        x.masked_fill_(~counted.view(-1, *[1] * (x.dim() - 1)), 0.0)
+        x.masked_fill_(uncounted.view(*uncounted.shape, *[1] * (x.dim() - uncounted.dim())), 0.0)
 
 
 def _exponentials(
@@ -248,7 +333,7 @@ def _below_maximum(x: Tensor, maximum: Tensor, logit_map: LogitMap, out: Tensor)
         if scale != 1.0:
             out.mul_(scale)
         return
-    out.copy_(x).mul_(scale / softcap).tanh_().mul_(softcap).sub_(_mapped(maximum, logit_map))
+    out.copy_(x).mul_(_gain(logit_map)).tanh_().mul_(softcap).sub_(_mapped(maximum, logit_map))
     out.masked_fill_(x == -torch.inf, -torch.inf).masked_fill_(x == torch.inf, torch.nan)
 
 
@@ -256,18 +341,28 @@ def _mapped(x: Tensor, logit_map: LogitMap) -> Tensor:
     softcap, scale = logit_map
     if softcap is None:
         return x if scale == 1.0 else x * scale
-    return torch.where(x.isinf(), x, torch.tanh(x * (scale / softcap)) * softcap)
+    return torch.where(x.isinf(), x, torch.tanh(x * _gain(logit_map)) * softcap)
 
 
-def _keep(d: Tensor) -> Tensor:
-    """Zero d where a side is -inf; gives [R, V] fp32, 0 there and 1 elsewhere."""
-    kept = (d - d).eq_(0.0)
-    d.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
+def _gain(logit_map: LogitMap) -> float:
+    """What the argument of tanh is to a logit; 0 times it is 0."""
+    assert logit_map.softcap is not None
+    return min(logit_map.scale / logit_map.softcap, _LARGEST)
+
+
+def _nats(d: Tensor, student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """d over T, held within `_HELD`, and 0 where a side is -inf; gives 0 there, 1 elsewhere."""
+    shared = d.shape[-1]
+    kept = torch.gt(teacher[:, :shared], -torch.inf, out=torch.empty_like(d))
+    kept.mul_(student[:, :shared] > -torch.inf)
+    # Where both sides are too far below their maximum for fp32, d is NaN, and p and q are 0.
+    d.div_(temperature).nan_to_num_(nan=0.0, posinf=_HELD, neginf=-_HELD)
+    d.clamp_(-_HELD, _HELD).mul_(kept)
     return kept
 
 
 def _divergence(
-    chunk: _Chunk, teacher: Tensor, max_t: Tensor, options: _Options
+    chunk: _Chunk, student: Tensor, teacher: Tensor, max_t: Tensor, options: _Options
 ) -> tuple[_RowStats, _Slope, Tensor | None]:
     """Statistics of R rows, what their gradient needs, and which entries of d are kept."""
     d, p, q, spare = chunk
@@ -275,28 +370,34 @@ def _divergence(
     shared, temperature = d.shape[-1], options.temperature
     p_shared, q_shared = p[:, :shared], q[:, :shared]
     z_t, z_s = p.sum(-1, keepdim=True), q.sum(-1, keepdim=True)
-
     product = distance[:, :shared]
 
-    def mean_d(weights: Tensor, z: Tensor) -> Tensor:
-        return torch.mul(weights, d, out=product).sum(-1, keepdim=True) / (temperature * z)
+    def mean(weights: Tensor, z: Tensor, of: Tensor) -> Tensor:
+        return torch.mul(weights, of, out=product).sum(-1, keepdim=True) / z
 
-    p_d, q_d = mean_d(p_shared, z_t), mean_d(q_shared, z_s)
-    kept = None
     p_kept = p_shared.sum(-1, keepdim=True) / z_t
     q_kept = q_shared.sum(-1, keepdim=True) / z_s
-    if not _sync_is_free(d) or not bool((p_d + q_d).isfinite().all()):
-        kept = _keep(d)
-        p_d, q_d = mean_d(p_shared, z_t), mean_d(q_shared, z_s)
-        p_kept = torch.mul(p_shared, kept, out=product).sum(-1, keepdim=True) / z_t
-        q_kept = torch.mul(q_shared, kept, out=product).sum(-1, keepdim=True) / z_s
+    p_d, q_d = mean(p_shared, z_t, d), mean(q_shared, z_s, d)
+    kept, per_nat = None, temperature
+    if (
+        not _sync_is_free(d)
+        or _rate(options.student_map, temperature) > _STEEP
+        or not bool((p_d.abs() + q_d.abs() < _HUGE * min(temperature, 1.0)).all())
+    ):
+        kept, per_nat = _nats(d, student, teacher, temperature), 1.0
+        p_kept, q_kept = mean(p_shared, z_t, kept), mean(q_shared, z_s, kept)
+        # Divided before they are summed: only the mean is known to be within what is held.
+        p_d, q_d = (
+            torch.mul(weights, d, out=product).div_(z).sum(-1, keepdim=True)
+            for weights, z in ((p_shared, z_t), (q_shared, z_s))
+        )
     # u = d/T - c. From the quotient, c stays accurate where p is close to q.
     c = (z_t / z_s).log()
-    forward_kl = p_d - c * p_kept
-    reverse_kl = c * q_kept - q_d
+    forward_kl = p_d / per_nat - c * p_kept
+    reverse_kl = c * q_kept - q_d / per_nat
 
     # |p - q|, in units of 1/z_t.
-    torch.addcmul(p_shared, q_shared, z_t / z_s, value=-1, out=distance[:, :shared])
+    torch.mul(q_shared, z_t / z_s, out=product).sub_(p_shared)
     distance[:, shared:] = p[:, shared:]
     distance.abs_()
     only_student = q[:, shared:].sum(-1, keepdim=True) * (z_t / z_s)
@@ -311,14 +412,14 @@ def _divergence(
     w, mass, size = (x.masked_fill(gap.isnan(), torch.nan) for x in (w, mass, size))
 
     stats = _RowStats(forward_kl, reverse_kl, w, mass, size, gap / z_t)
-    rate = options.student_map.scale / temperature
-    of_q = rate / z_s
+    rest = 1.0 - w
     slope = _Slope(
-        a=(w * p_kept + (1.0 - w) * ((1.0 - q_kept) + c - reverse_kl)) * of_q,
-        a_dropped=(w * p_kept - (1.0 - w) * (q_kept + reverse_kl)) * of_q,
-        k=(1.0 - w) / temperature * of_q,
-        b=w * rate / z_t,
-        drops=torch.zeros_like(w) if kept is None else 1.0 - kept.amin(-1, keepdim=True),
+        center=q_d,
+        k=rest / per_nat / z_s,
+        a=(w * p_kept + rest * (1.0 - q_kept) * (1.0 + c)) / z_s,
+        a_dropped=(w * p_kept - rest * (q_kept + reverse_kl)) / z_s,
+        b=w / z_t,
+        careful=torch.full_like(w, kept is not None),
     )
     return stats, slope, kept
 
@@ -330,32 +431,43 @@ def _write_gradient(
     upstream: Tensor,
     student: Tensor,
     student_map: LogitMap,
+    temperature: float,
     out: Tensor,
     rows: _Rows,
 ) -> None:
-    """out[rows] = upstream * dloss/dstudent. Uses up the chunk."""
+    """The rows of out [outer, inner, V_s] = upstream * dloss/dstudent. Uses up the chunk."""
     d, p, q = chunk.d, chunk.p[:, : chunk.d.shape[-1]], chunk.q
     shared = d.shape[-1]
-    softcap, scale = student_map
-    if softcap is not None:  # 1 - tanh^2; the scale is in the slope
+    if student_map.softcap is not None:  # 1 - tanh^2; the scale is in the rate
         chain = chunk.spare[2, :, : q.shape[-1]]
-        chain.copy_(student).mul_(scale / softcap).tanh_().square_().neg_().add_(1.0)
+        chain.copy_(student).mul_(_gain(student_map)).tanh_().square_().neg_().add_(1.0)
         q.mul_(chain)
         p.mul_(chain[:, :shared])
-    a, a_dropped, k, b, _ = (x * upstream.float()[:, None] for x in slope)
-    d.mul_(-k)
-    if kept is None:
-        d.add_(a)
-    else:
-        d.addcmul_(kept, a - a_dropped).add_(a_dropped)
+    # Both addends of k are of the size of their difference, which is 0 where q is 1.
+    d.sub_(slope.center).mul_(q[:, :shared]).mul_(-slope.k)
+    factor = slope.a
+    if kept is not None:
+        d.mul_(kept)
         p.mul_(kept)
-    d.mul_(q[:, :shared])
-    here = isinstance(rows, slice)
-    gradient = out[rows] if here else out.new_empty(d.shape[0], out.shape[-1])
-    torch.addcmul(d, p, b, value=-1, out=gradient[:, :shared])
-    torch.mul(q[:, shared:], a_dropped, out=gradient[:, shared:])
-    if not here:
-        out[rows] = gradient
+        factor = kept.mul_(slope.a - slope.a_dropped).add_(slope.a_dropped)
+    q[:, :shared].mul_(factor).add_(d).sub_(p.mul_(slope.b))
+    q[:, shared:].mul_(slope.a_dropped)
+    gradient = q
+    rate = _rate(student_map, temperature)
+    if rate != 1.0:
+        gradient.mul_(rate)
+    if kept is not None:
+        gradient.clamp_(-_LARGEST, _LARGEST)
+    view = _view(out, rows)
+    if view is None:
+        out[_places(out, rows)] = gradient.mul_(upstream.float()[:, None]).to(out.dtype)
+    else:
+        torch.mul(gradient, upstream.float()[:, None], out=view)
+
+
+def _rate(student_map: LogitMap, temperature: float) -> float:
+    """Nats that a unit of the student's logits is worth, where they are not capped."""
+    return min(student_map.scale / temperature, _LARGEST)
 
 
 def _head(
@@ -376,30 +488,35 @@ def _head(
     none = torch.zeros_like(target)
     window = _Window(teacher, chunk.p, distance, count_above=none, mass_above=none, gap_above=none)
     while _sync_is_free(teacher) and (width := window.logits.shape[-1]) >= 4 * _SAMPLE:
-        window = _narrow(window, target, spare[1:, :, :width])
-        if window.logits.shape[-1] > width // 2:
-            break  # mostly one large group of ties
+        narrower = _narrow(window, target, spare[1:, :, :width])
+        if narrower is None:
+            break
+        window = narrower
     logits = window.logits.float()
 
     ranked = logits.sort(dim=-1, descending=True).values
-    below = _mapped(ranked.to(wide), options.teacher_map) - _mapped(max_t, options.teacher_map)
-    masses = (below / options.temperature).exp_()
-    cumulative = window.mass_above + masses.cumsum(-1)
     last = (ranked > -torch.inf).sum(-1, keepdim=True) - 1
+    # In fp64, and over itself where it can be: a row of equal logits is here in its full width.
+    masses = _mapped(ranked.to(wide, copy=True), options.teacher_map)
+    masses.sub_(_mapped(max_t.to(wide), options.teacher_map)).div_(options.temperature).exp_()
+    cumulative = masses.cumsum(-1).add_(window.mass_above)
     crossing = (cumulative <= target).sum(-1, keepdim=True).minimum(last).clamp(min=0)
     v, mass_v = ranked.gather(-1, crossing), masses.gather(-1, crossing)
 
     above, tied = logits > v, logits == v
     first, n = above.sum(-1, keepdim=True), tied.sum(-1, keepdim=True)
     count = window.count_above + first
-    mass = (cumulative - masses).gather(-1, first)
+    mass = cumulative.gather(-1, first) - masses.gather(-1, first)
+    del ranked, masses, cumulative
     seats = (target - mass) / mass_v.clamp(min=torch.finfo(wide).tiny)
     seats = seats.floor() if options.head == "exclusive" else seats.ceil()
     k = seats.clamp(min=0).minimum(n).maximum(1 - count)
 
-    stable = options.ties == "stable"
-    share = tied & (tied.cumsum(-1) <= k) if stable else tied * (k / n)
-    gap = window.gap_above + ((above + share) * window.distance).sum(-1, keepdim=True)
+    if options.ties == "stable":
+        share = (tied & (tied.cumsum(-1, dtype=torch.int32) <= k)).float()
+    else:
+        share = tied * (k / n).float()
+    gap = window.gap_above + share.add_(above).mul_(window.distance).sum(-1, keepdim=True)
     return gap.float(), ((mass + k * mass_v) / z_t).float(), (count + k).float()
 
 
@@ -417,8 +534,8 @@ class _Window(NamedTuple):
     gap_above: Tensor  # [R, 1] fp64
 
 
-def _narrow(window: _Window, target: Tensor, spare: Tensor) -> _Window:
-    """A window about a tenth as wide, certain to hold the crossing logit.
+def _narrow(window: _Window, target: Tensor, spare: Tensor) -> _Window | None:
+    """A window about a tenth as wide, certain to hold the crossing logit; None if it stays wide.
 
     One token in so many is sampled. Light tokens are many and well sampled, so the mass down to a
     logit is what the sample's tail leaves over: that gives a bound on either side of the crossing.
@@ -434,7 +551,7 @@ def _narrow(window: _Window, target: Tensor, spare: Tensor) -> _Window:
     below = masses.sum(-1, keepdim=True) - masses.cumsum(-1)
     total = window.mass_above + p.sum(-1, keepdim=True)
     rank = (total - below <= target).sum(-1, keepdim=True)
-    spread = (2.0 * rank).sqrt().long() + 1
+    spread = (2 * rank).float().sqrt().long() + 1
     low, high = rank + spread, rank - spread
     end = sample.shape[-1]
     while True:
@@ -455,13 +572,15 @@ def _narrow(window: _Window, target: Tensor, spare: Tensor) -> _Window:
         low = torch.where(short, low + 2 * (low - rank), low)
         high = torch.where(over, high - 2 * (rank - high), high)
 
+    widest = int(inside.sum(-1).max())
+    if widest > width // 2:
+        return None  # mostly one large group of ties
     row, token = inside.bool().nonzero(as_tuple=True)
     count = torch.bincount(row, minlength=rows)
-    place = torch.arange(len(row)) - (count.cumsum(0) - count)[row]
-    shape = (rows, max(int(count.max()), 1))
+    place = torch.arange(len(row), device=row.device).sub_((count.cumsum(0) - count)[row])
 
     def pack(x: Tensor, padding: float) -> Tensor:
-        packed = torch.full(shape, padding)
+        packed = x.new_full((rows, max(widest, 1)), padding, dtype=torch.float32)
         packed[row, place] = x[row, token].float()
         return packed
 

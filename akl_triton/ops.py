@@ -60,9 +60,14 @@ def as_rows(student: Tensor, teacher: Tensor) -> list[Tensor]:
     both = [
         x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous() for x in (student, teacher)
     ]
-    if any(x.dim() == 3 and x.stride(0) != x.stride(1) * x.shape[1] for x in both):
+    if any(x.dim() == 3 and not _merges(x) for x in both):
         return both
     return [x.reshape(1, -1, x.shape[-1]) for x in both]
+
+
+def _merges(x: Tensor) -> bool:
+    """Whether the rows of [outer, inner, V] are evenly spaced."""
+    return x.stride(0) == x.stride(1) * x.shape[1] or 1 in x.shape[:2]
 
 
 # A gradient in fp16 that is written before its loss scale is known uses the whole range of fp16: no
@@ -176,18 +181,17 @@ def divergence_backward(
             teacher_logit_scale=teacher_logit_scale,
         )
     else:
-        for rows, outer in _outer(student):
-            eager.backward(
-                upstream[rows],
-                student[outer],
-                teacher[outer],
-                None if counted is None else counted[rows],
-                state[rows],
-                temperature=temperature,
-                out=gradient[outer],
-                student_map=LogitMap(student_softcap, student_logit_scale),
-                teacher_map=LogitMap(teacher_softcap, teacher_logit_scale),
-            )
+        eager.backward(
+            upstream,
+            student,
+            teacher,
+            counted,
+            state,
+            temperature=temperature,
+            out=gradient,
+            student_map=LogitMap(student_softcap, student_logit_scale),
+            teacher_map=LogitMap(teacher_softcap, teacher_logit_scale),
+        )
     return gradient
 
 
@@ -365,20 +369,13 @@ def forward_rows(
         "student_map": rule.student_map,
         "teacher_map": rule.teacher_map,
     }
-    for rows, outer in _outer(student):
-        inputs = student[outer], teacher[outer], None if counted is None else counted[rows]
-        if upstream is None:
-            part = eager.forward(*inputs, **options)
-        else:
-            part = eager.forward_with_gradient(
-                *inputs, upstream[rows], **options, out=student[outer], damped=damped
-            )
-        loss[rows], state[rows] = part.loss, part.state
-        if len(stats):
-            stats[rows] = part.stats
-
-
-def _outer(student: Tensor) -> list[tuple[slice, int]]:
-    """(rows of the flat outputs, outer index) of every [inner, V] slice."""
-    inner = student.shape[1]
-    return [(slice(i * inner, (i + 1) * inner), i) for i in range(student.shape[0])]
+    if upstream is None:
+        result_of_rows = eager.forward(student, teacher, counted, **options)
+    else:
+        result_of_rows = eager.forward_with_gradient(
+            student, teacher, counted, upstream, **options, out=student, damped=damped
+        )
+    loss.copy_(result_of_rows.loss)
+    state.copy_(result_of_rows.state)
+    if len(stats):
+        stats.copy_(result_of_rows.stats)

@@ -85,7 +85,8 @@ def reference_adaptive_kl(
     s = mapped_logits(student, student_softcap, student_logit_scale)
     log_p = torch.log_softmax(t / temperature, dim=-1)
     log_q = torch.log_softmax(s / temperature, dim=-1)
-    p, q = log_p.exp(), log_q.exp()
+    # Not exp(log p), which would round the masses of equal logits.
+    p, q = torch.softmax(t / temperature, dim=-1), torch.softmax(s / temperature, dim=-1)
 
     kept = (teacher > -torch.inf) & (student > -torch.inf)
     u = torch.where(kept, log_p - log_q, 0.0)

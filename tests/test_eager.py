@@ -555,3 +555,261 @@ def test_a_tenth_of_the_memory_of_the_authors_computation() -> None:
 
     ours = peak_temporaries(lambda: run(student, teacher)) - gradient_bytes
     assert ours <= (peak_temporaries(authors) - gradient_bytes) / 10
+
+
+# ---- finite logits at the ends of their dtype's range
+
+
+def _masked(value: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    student, teacher = (x.to(dtype) for x in rows_of_every_kind(1500))
+    lowest = max(value, torch.finfo(dtype).min)
+    student[:, ::3] = lowest
+    teacher[:, 1::3] = lowest
+    return student, teacher
+
+
+def _large(value: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    student, teacher = (x.to(dtype) for x in rows_of_every_kind(1500))
+    largest = min(value, torch.finfo(dtype).max)
+    student[:, 7], teacher[:, 11] = largest, largest
+    student[::2, 9], teacher[1::2, 5] = largest, -largest
+    return student, teacher
+
+
+def _tiny(value: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    student, teacher = rows_of_every_kind(1500)
+    return (student * value).to(dtype), (teacher * value).to(dtype)
+
+
+EXTREMES: dict[str, Callable[[torch.dtype], tuple[Tensor, Tensor]]] = {
+    "masks of -1e4": lambda dtype: _masked(-1e4, dtype),
+    "masks of -1e9": lambda dtype: _masked(-1e9, dtype),
+    "masks of -1e30": lambda dtype: _masked(-1e30, dtype),
+    "masks of the lowest": lambda dtype: _masked(-INF, dtype),
+    "logits of 1e30": lambda dtype: _large(1e30, dtype),
+    "logits of the largest": lambda dtype: _large(INF, dtype),
+    "subnormals": lambda dtype: _tiny(torch.finfo(dtype).tiny / 64, dtype),
+    "all the lowest": lambda dtype: (
+        torch.full((2, 300), torch.finfo(dtype).min, dtype=dtype),
+        torch.full((2, 300), torch.finfo(dtype).min, dtype=dtype),
+    ),
+    "all the largest": lambda dtype: (
+        torch.full((2, 300), torch.finfo(dtype).max, dtype=dtype),
+        torch.full((2, 300), torch.finfo(dtype).max, dtype=dtype),
+    ),
+}
+TEMPERATURES = (1e-30, 0.05, 1.0, 2.0, 1e30)
+EXTREME_MAPS = {
+    "plain": (LogitMap(), LogitMap()),
+    "softcap": (LogitMap(30.0), LogitMap(50.0, 2.0)),
+    "tiny softcap": (LogitMap(1e-30), LogitMap(1e-30)),
+    "scale": (LogitMap(None, 1e-20), LogitMap(None, 1e20)),
+}
+
+
+@pytest.mark.parametrize("weight", [None, 0.0, 0.5, 1.0])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", EXTREMES)
+def test_finite_logits_give_finite_results(
+    kind: str, dtype: torch.dtype, weight: float | None
+) -> None:
+    """Neither 0 * inf nor inf - inf, also in the part of a weight that is 0; and near the oracle
+    wherever fp32 can hold what it says."""
+    student, teacher = EXTREMES[kind](dtype)
+    for temperature, (name, (of_student, of_teacher)) in itertools.product(
+        TEMPERATURES, EXTREME_MAPS.items()
+    ):
+        what = f"T = {temperature}, {name}"
+        result = eager.forward(
+            student, teacher, None, mu=0.4437, temperature=temperature, head="exclusive",
+            ties="stable", weight=weight, student_map=of_student, teacher_map=of_teacher,
+        )  # fmt: skip
+        gradient = torch.empty_like(student)
+        eager.backward(
+            torch.ones(len(student)), student, teacher, None, result.state,
+            temperature=temperature, out=gradient, student_map=of_student, teacher_map=of_teacher,
+        )  # fmt: skip
+        assert result.loss.isfinite().all(), what
+        known = result.stats[:, [0, 1, 2, 5]] if weight is not None else result.stats
+        assert known.isfinite().all(), what
+        assert not gradient.isnan().any(), what
+        if dtype != torch.float16:  # whose gradients may be too large for it
+            assert gradient.isfinite().all(), what
+        expected = reference_adaptive_kl(
+            student, teacher, mu=0.4437, temperature=temperature, weight=weight,
+            student_softcap=of_student.softcap, student_logit_scale=of_student.scale,
+            teacher_softcap=of_teacher.softcap, teacher_logit_scale=of_teacher.scale,
+        )  # fmt: skip
+        near = (expected.loss.abs() < 1e6) & (expected.forward_kl.abs() < 1e30)
+        near &= (expected.reverse_kl.abs() < 1e30) & (expected.gap > 1e-2)  # w is as good as that
+        if temperature >= 0.05 and name == "plain" and near.any():
+            torch.testing.assert_close(
+                result.loss[near].double(), expected.loss[near], rtol=1e-4, atol=1e-5, msg=what
+            )
+
+
+# ---- heads of masses that fp32 holds exactly
+
+
+@pytest.mark.parametrize("ties", ["stable", "average"])
+@pytest.mark.parametrize("head", ["exclusive", "inclusive"])
+@pytest.mark.parametrize("size", [8, 64, 2048])
+def test_dyadic_masses_have_one_head(size: int, head: Head, ties: Ties) -> None:
+    """2^k equal logits, mu = j / 2^k: every mass is exact, and mu (1 +- 2e-6) no excuse."""
+    teacher = torch.full((1, size + 3), -INF)
+    teacher[:, 2 : size + 2] = 1.5
+    student = torch.randn(1, size + 3, generator=generator(1))
+    for j in sorted({1, 2, 3, size // 2, size // 2 + 1, size - 1}):
+        mu = j / size
+        result = eager.forward(
+            student, teacher, None, mu=mu, temperature=1.0, head=head, ties=ties, weight=None
+        )
+        stats = dict(zip(STATS, result.stats[0].tolist(), strict=True))
+        assert stats["head_size"] == j
+        assert stats["head_mass"] == mu
+        expected = reference_adaptive_kl(student, teacher, mu=mu, head=head, ties=ties)
+        assert stats["head_weight"] == pytest.approx(expected.head_weight.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("head", ["exclusive", "inclusive"])
+def test_a_head_has_at_least_one_token(head: Head) -> None:
+    teacher = torch.tensor([[0.0, 9.0, 0.0, 0.0]])
+    student = torch.randn(1, 4, generator=generator(1))
+    result = eager.forward(
+        student, teacher, None, mu=1e-6, temperature=1.0, head=head, ties="stable", weight=None
+    )
+    assert dict(zip(STATS, result.stats[0].tolist(), strict=True))["head_size"] == 1
+
+
+# ---- rounding
+
+
+@pytest.mark.parametrize("distance", [1e-3, 1e-4, 1e-5])
+def test_the_loss_near_convergence(distance: float) -> None:
+    """Of the order of distance^2: a difference of two logarithms would drown it."""
+    teacher = 2 * torch.randn(16, 3000, generator=generator(0))
+    student = teacher + distance * torch.randn(16, 3000, generator=generator(1))
+    exact = reference_adaptive_kl(student, teacher).loss
+    loss = eager.forward(
+        student,
+        teacher,
+        None,
+        mu=0.5,
+        temperature=1.0,
+        head="exclusive",
+        ties="stable",
+        weight=None,
+    ).loss
+    assert (loss.double() - exact).abs().max() < 1e-7
+
+
+def test_cumulative_masses_are_wide() -> None:
+    """A flat row whose head has half a million tokens: an fp32 running sum is off by more than
+    mu's slack."""
+    vocabulary = 2**20 - 3
+    teacher = 1e-3 * torch.randn(1, vocabulary, generator=generator(0))
+    student = torch.zeros(1, vocabulary)
+    result = eager.forward(
+        student,
+        teacher,
+        None,
+        mu=0.5,
+        temperature=1.0,
+        head="exclusive",
+        ties="stable",
+        weight=None,
+    )
+    size = dict(zip(STATS, result.stats[0].tolist(), strict=True))["head_size"]
+    heads = acceptable_heads(student, teacher)
+    assert heads.min_size.item() <= size <= heads.max_size.item()
+
+
+def test_plus_infinity_under_a_softcap() -> None:
+    """Its tanh is 1, but a row with +inf has no softmax."""
+    student, teacher = torch.randn(2, 3, 50, generator=generator(0))
+    student[0, 3], teacher[1, 4] = INF, INF
+    capped = LogitMap(30.0)
+    result = eager.forward(
+        student, teacher, None, mu=0.5, temperature=1.0, head="exclusive", ties="stable",
+        weight=None, student_map=capped, teacher_map=capped,
+    )  # fmt: skip
+    assert result.loss.isnan().tolist() == [True, True, False]
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.5, 1.0, None])
+def test_an_infinity_that_one_of_the_sums_would_not_notice(weight: float | None) -> None:
+    """exp2 of the far side is 0 and its infinity is met by one sum alone."""
+    for side in (0, 1):
+        pair = list(3 * torch.randn(2, 2, 60, generator=generator(2)))
+        pair[side][:, 7] = -INF
+        pair[1 - side][:, 7] = -200.0
+        student, teacher = pair
+        result = eager.forward(
+            student, teacher, None, mu=0.5, temperature=1.0, head="exclusive", ties="stable",
+            weight=weight,
+        )  # fmt: skip
+        expected = reference_adaptive_kl(student, teacher, weight=weight)
+        torch.testing.assert_close(result.loss.double(), expected.loss, rtol=1e-5, atol=1e-6)
+        gradient = torch.empty_like(student)
+        eager.backward(
+            torch.ones(2), student, teacher, None, result.state, temperature=1.0, out=gradient
+        )
+        torch.testing.assert_close(gradient.double(), expected.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_the_head_is_found_in_few_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A guess whose bounds stall would never end; each round moves them at least twice as far."""
+    rounds: list[int] = []
+    greater = torch.gt
+
+    def counted(*inputs: Any, **options: Any) -> Any:
+        rounds[-1] += 1
+        return greater(*inputs, **options)
+
+    monkeypatch.setattr(torch, "gt", counted)
+    misleading = torch.full((1, 4096), -3.0)
+    misleading[:, 1::16] = 5.0  # between the tokens that are sampled
+    for teacher in (*rows_of_every_kind(4096)[1][:, None], misleading):
+        for mu in (1e-4, 0.5, 0.9999):
+            rounds.append(0)
+            eager.forward(
+                torch.zeros(1, 4096), teacher, None, mu=mu, temperature=1.0, head="exclusive",
+                ties="stable", weight=None,
+            )  # fmt: skip
+    assert max(rounds) <= 24
+
+
+# ---- batches of sequences
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("of", [slice(None, 1), slice(None, 2), slice(1, None)], ids=str)
+def test_slices_of_sequences_are_taken_in_runs(
+    of: slice, inplace: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not one sequence at a time: a batch of short ones would take many times as long."""
+    many = torch.randn(2, 200, 3, 40, generator=generator(0))
+    student, teacher = many[0][:, of], many[1][:, of]
+    rows = [x.reshape(-1, 40) for x in (student, teacher)]
+    options: dict[str, Any] = {**DEFAULTS._asdict(), "weight": None}
+    expected = eager.forward(rows[0], rows[1], None, **options)
+    runs = []
+    exponentials = eager._exponentials
+
+    def counted(*inputs: Any) -> Any:
+        runs.append(len(inputs[0]))
+        return exponentials(*inputs)
+
+    monkeypatch.setattr(eager, "_exponentials", counted)
+    result = eager.forward(student, teacher, None, **options)
+    assert len(runs) <= 9 and sum(runs) == len(rows[0])
+    assert torch.equal(result.loss, expected.loss)
+    gradients = [torch.empty_like(rows[0]), torch.full_like(many[0], torch.nan)[:, of]]
+    if inplace:
+        gradients[1] = student
+    for (s, t), out in zip(
+        ((rows[0].clone(), rows[1]), (student, teacher)), gradients, strict=True
+    ):
+        upstream = torch.ones(len(rows[0]))
+        eager.backward(upstream, s, t, None, expected.state, temperature=1.0, out=out)
+    assert torch.equal(gradients[1].reshape(-1, 40), gradients[0])

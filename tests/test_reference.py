@@ -104,7 +104,7 @@ def test_first_token_alone_when_all_tie() -> None:
 
 
 @pytest.mark.parametrize("head", ["exclusive", "inclusive"])
-@pytest.mark.parametrize("mu", [0.2, 0.5, 0.8])
+@pytest.mark.parametrize("mu", [0.2, 0.3, 0.8])
 def test_average_ties_are_the_mean_over_all_orders(head: Head, mu: float) -> None:
     teacher = torch.tensor([[1.0, 0.0, 0.0, 1.0, 0.0]], dtype=torch.float64)
     student = random_logits(1, 5, seed=2)
@@ -113,7 +113,7 @@ def test_average_ties_are_the_mean_over_all_orders(head: Head, mu: float) -> Non
     for order in itertools.permutations(range(5)):
         permuted = reference_adaptive_kl(student[:, order], teacher[:, order], mu=mu, head=head)
         g_heads.append(permuted.g_head.item())
-    assert len(set(g_heads)) > 1, "the boundary must split a group of ties"
+    assert max(g_heads) - min(g_heads) > 1e-3, "the boundary must split a group of ties"
     assert average.g_head.item() == pytest.approx(sum(g_heads) / len(g_heads), abs=1e-14)
 
 
