@@ -81,7 +81,7 @@ def of_hidden(function: Any, dtype: torch.dtype, **options: Any) -> list[Tensor]
 def assert_same(actual: list[Tensor], expected: list[Tensor]) -> None:
     for a, b in zip(actual, expected, strict=True):
         assert a.dtype == b.dtype
-        assert torch.equal(a, b)
+        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("default", [torch.bfloat16, torch.float64, torch.float16], ids=str)
