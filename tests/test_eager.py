@@ -687,13 +687,13 @@ def test_a_head_has_at_least_one_token(head: Head) -> None:
 @pytest.mark.parametrize("distance", [1e-3, 1e-4, 1e-5])
 def test_both_sums_near_convergence(distance: float) -> None:
     """Each is of the order of distance^2: a difference of two logarithms would drown it."""
-    teacher = 2 * torch.randn(16, 3000, generator=generator(0))
-    student = teacher + distance * torch.randn(16, 3000, generator=generator(1))
+    teacher = 0.1 * torch.randn(16, 30000, generator=generator(0))
+    student = teacher + distance * torch.randn(16, 30000, generator=generator(1))
     exact = reference_adaptive_kl(student, teacher)
     options: dict[str, Any] = {**DEFAULTS._asdict(), "weight": None}
     stats = eager.forward(student, teacher, None, **options).stats.double()
     for column, expected in ((0, exact.forward_kl), (1, exact.reverse_kl)):
-        assert (stats[:, column] - expected).abs().max() < 1e-7
+        assert (stats[:, column] - expected).abs().max() < 3e-7
 
 
 def test_a_head_of_half_a_million_tokens() -> None:
