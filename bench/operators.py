@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from akl_triton import eager
-from akl_triton.cli.bench import peak_memory
+from akl_triton.cli.bench import one_thread, peak_memory
 from akl_triton.ops import TORCH
 from bench import ptxcpu
 from bench.peers import PEERS, Peer
@@ -214,7 +214,7 @@ def measure(subject: Subject, student: Tensor, teacher: Tensor) -> dict[str, Any
     with ptxcpu.active(arch=ARCH) as counters:
         subject.step(leaf, teacher)  # compiles
         counters.reset()
-        with OperatorMeter(large=positions) as meter:
+        with one_thread(), OperatorMeter(large=positions) as meter:
             subject.step(leaf, teacher)
         kernels = {
             name: {

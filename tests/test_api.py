@@ -612,7 +612,8 @@ def test_autocast(backend, device):
 class Trace:
     """What a block of code allocates and which operators it calls, at any depth.
 
-    The single allocations are those of the CPU; of a GPU, PyTorch tells the peak."""
+    The single allocations are those of the CPU, with one thread: a profiler sees no other's. Of a
+    GPU, PyTorch tells the peak."""
 
     def __init__(self, device: torch.device | None = None):
         self._on_gpu = device is not None and device.type == "cuda"
@@ -621,12 +622,15 @@ class Trace:
         if self._on_gpu:
             torch.cuda.reset_peak_memory_stats()
             self._before = torch.cuda.memory_allocated()
+        self._threads = torch.get_num_threads()
+        torch.set_num_threads(1)
         self._profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
         self._profile.__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
         self._profile.__exit__(*error)
+        torch.set_num_threads(self._threads)
         events = self._profile.profiler.kineto_results.events()  # type: ignore[union-attr]
         self.operators = {event.name() for event in events}
         changes: list[Any] = [event for event in events if event.name() == "[memory]"]
