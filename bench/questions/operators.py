@@ -1,0 +1,295 @@
+"""`python -m bench operators`: what each way to compute the loss moves, operator by operator.
+
+A dispatch mode sees every PyTorch operator of the forward and the backward and counts the bytes of
+its inputs and outputs: an input is read once however often it is an argument, an output is written
+once, an argument changed in place is both (an `out` is only written), views and empty tensors are
+free. That is a lower bound: what an operator reads twice inside (a sort, a softmax) counts once.
+Triton kernels are compiled for sm_90 and executed by bench/lab/ptxcpu, which counts what they load
+and store. There is no cache in either count.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from akl_triton import eager
+from akl_triton.cli.bench import peak_memory
+from akl_triton.ops import TORCH
+from bench.inputs.peers import PEERS, Peer
+from bench.inputs.real_logits import real_logits
+from bench.lab import ptxcpu
+
+ARCH = 90
+ROWS = 256
+
+AUTHORS = "authors, eager"
+COMPUTES = {
+    "adaptive_kl": "AKL",
+    "forward_kl": "FKL alone",
+    "reverse_kl": "RKL alone",
+    "jsd": "JSD",
+}
+
+Step = Callable[[Tensor, Tensor], None]
+
+# Operators that allocate, or write a tensor without reading what is in it.
+_ALLOCATE = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
+_OVERWRITE = {"fill_", "zero_", "copy_", "normal_", "uniform_", "random_"}
+# Operators that read as much of their first argument as they give back.
+_PICK = {"gather", "index", "index_select", "embedding"}
+
+
+@dataclass
+class Moved:
+    """Of one operator, or of all."""
+
+    calls: int = 0
+    read: int = 0  # bytes
+    written: int = 0
+    large: int = 0  # bytes of both in storages of the logits' size
+
+
+class OperatorMeter(TorchDispatchMode):
+    """Counts the bytes of the operators that run while it is active, by name.
+
+    ``large`` is the size in bytes from which a storage counts as large.
+    """
+
+    def __init__(self, large: int = 0) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.operators: defaultdict[str, Moved] = defaultdict(Moved)
+        self._large = large
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if func.namespace == "akl_triton":
+            # Our kernels, which ptxcpu counts. What a custom operator calls is hidden from a mode.
+            if TORCH in args:
+                raise ValueError("operators: measure akl_triton.eager itself, not its operator")
+            return result
+        self._count(func, args, kwargs, result)
+        return result
+
+    def _count(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        name = func.overloadpacket.__name__
+        inputs: list[Tensor] = []
+        changed: list[Tensor] = []
+        for i, parameter in enumerate(func._schema.arguments):
+            tensors = _tensors(args[i] if i < len(args) else kwargs.get(parameter.name))
+            if parameter.alias_info is not None and parameter.alias_info.is_write:
+                changed += tensors
+                if parameter.is_out or name in _OVERWRITE:
+                    continue
+            inputs += tensors
+        outputs = _tensors(result)
+        given = {_storage(x) for x in inputs + changed}
+        fresh = [x for x in outputs if _storage(x) not in given]
+        if name in _ALLOCATE or (outputs and not fresh and not changed):
+            return  # new memory, or another view of the old
+        moved = self.operators[name]
+        moved.calls += 1
+        moved.read += _bytes_read(name, inputs, outputs)
+        moved.written += _bytes(fresh + changed)
+        moved.large += _bytes_read(name, inputs, outputs, self._large)
+        moved.large += _bytes(fresh + changed, self._large)
+
+    def total(self) -> Moved:
+        """Of all operators."""
+        parts = [dataclasses.astuple(moved) for moved in self.operators.values()]
+        return Moved(*map(sum, zip(*parts, strict=True)))
+
+
+def _bytes_read(name: str, inputs: list[Tensor], outputs: list[Tensor], least: int = 0) -> int:
+    if name in _PICK:
+        source, *others = inputs
+        return min(_bytes([source], least), _bytes(outputs)) + _bytes(others, least)
+    return _bytes(inputs, least)
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [x for x in tree_leaves(tree) if isinstance(x, Tensor)]
+
+
+def _storage(x: Tensor) -> int:
+    return x.untyped_storage().data_ptr()
+
+
+def _bytes(tensors: Iterable[Tensor], least: int = 0) -> int:
+    """Bytes of the memory that these look at; what is seen twice, or expanded, counts once.
+
+    Only of storages of `least` bytes or more.
+    """
+    views: defaultdict[int, dict[Any, int]] = defaultdict(dict)
+    sizes = {}
+    for x in tensors:
+        elements = 1
+        for size, stride in zip(x.shape, x.stride(), strict=True):
+            elements *= size if stride else min(size, 1)
+        view = (x.storage_offset(), tuple(x.shape), x.stride())
+        views[_storage(x)][view] = elements * x.element_size()
+        sizes[_storage(x)] = x.untyped_storage().nbytes()
+    return sum(
+        min(sum(seen.values()), sizes[storage])
+        for storage, seen in views.items()
+        if sizes[storage] >= least
+    )
+
+
+# ---------------------------------------------------------------- what is measured
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """A row of the table."""
+
+    name: str
+    computes: str
+    step: Step  # forward and backward
+
+
+def subjects() -> list[Subject]:
+    """Ours, and every peer that can run here; compiled ones need a GPU to be themselves."""
+    found = []
+    for peer in PEERS:
+        with ptxcpu.active(arch=ARCH):
+            if peer.kind != "compiled" and peer.obstacle("cpu") is None:
+                found.append(Subject(peer.name, peer.computes, _step(peer)))
+    ours = Subject("adaptive_kl, PyTorch backend", "adaptive_kl", _torch_backend)
+    return [*found[:1], ours, *found[1:]]
+
+
+def _step(peer: Peer) -> Step:
+    def step(student: Tensor, teacher: Tensor) -> None:
+        student.grad = None
+        peer.loss(student, teacher).backward()  # type: ignore[no-untyped-call]
+
+    return step
+
+
+@torch.no_grad()
+def _torch_backend(student: Tensor, teacher: Tensor) -> None:
+    """What adaptive_kl(backend="torch") and its backward run, outside of the operator around it."""
+    result = eager.forward(
+        student,
+        teacher,
+        counted=None,
+        mu=0.5,
+        temperature=1.0,
+        head="exclusive",
+        ties="stable",
+        weight=None,
+    )
+    upstream = torch.ones(()).expand(len(student)) / len(student)
+    gradient = torch.empty_like(student)
+    eager.backward(
+        upstream,
+        student,
+        teacher,
+        counted=None,
+        state=result.state,
+        temperature=1.0,
+        out=gradient,
+    )
+    student.grad = gradient
+
+
+def measure(subject: Subject, student: Tensor, teacher: Tensor) -> dict[str, Any]:
+    """Bytes per vocabulary position of the operators and of the kernels, and temporaries alive."""
+    positions = student.numel()
+    leaf = student.clone().requires_grad_()
+    with ptxcpu.active(arch=ARCH) as counters:
+        subject.step(leaf, teacher)  # compiles
+        counters.reset()
+        with OperatorMeter(large=positions) as meter:
+            subject.step(leaf, teacher)
+        kernels = {
+            name: {
+                "launches": counts["launches"],
+                "read": counts["gld_bytes"] / positions,
+                "written": counts["gst_bytes"] / positions,
+            }
+            for name, counts in counters.items()
+        }
+        leaf.grad = None
+        held = peak_memory(lambda: subject.step(leaf, teacher), leaf.device)
+    total = meter.total()
+    in_kernels = sum(kernel["read"] + kernel["written"] for kernel in kernels.values())
+    return {
+        "name": subject.name,
+        "computes": subject.computes,
+        "bytes": (total.read + total.written) / positions + in_kernels,
+        "bytes_in_kernels": in_kernels,
+        "bytes_in_large_tensors": total.large / positions + in_kernels,
+        "temporaries": (held - leaf.nbytes) / positions,  # the gradient is an output
+        "operators": {
+            name: {"calls": m.calls, "read": m.read / positions, "written": m.written / positions}
+            for name, m in meter.operators.items()
+        },
+        "kernels": kernels,
+    }
+
+
+def collect(rows: int = ROWS) -> dict[str, Any]:
+    """Forward and backward of every subject on real logits in bf16, T = 1."""
+    student, teacher = (x.bfloat16() for x in real_logits(rows))
+    return {
+        "arch": f"sm_{ARCH}",
+        "rows": rows,
+        "vocabulary": student.shape[1],
+        "subjects": [measure(subject, student, teacher) for subject in subjects()],
+    }
+
+
+def markdown(data: dict[str, Any]) -> str:
+    """One table of all subjects, what computes the same together; one of the authors' operators."""
+    found = data["subjects"]
+    ours = {s["computes"]: s["bytes"] for s in reversed(found) if s["name"] == s["computes"]}
+    lines = [
+        f"Forward + backward of real logits, N = {data['rows']}, V = {data['vocabulary']:,}, bf16, "
+        f"T = 1. Per vocabulary position; kernels compiled for {data['arch']}.",
+        "",
+        "| computes | by | bytes | times ours | in [N, V] tensors | in Triton kernels "
+        "| temporaries alive, bytes | operators | kernels |",
+        "| --- | --- |" + " ---: |" * 7,
+    ]
+    for computes in dict.fromkeys(s["computes"] for s in found):
+        for s in (s for s in found if s["computes"] == computes):
+            ratio = f"{s['bytes'] / ours[computes]:.1f}" if computes in ours else "-"
+            lines.append(
+                f"| {COMPUTES[computes]} | {s['name']} | {s['bytes']:.1f} | {ratio} "
+                f"| {s['bytes_in_large_tensors']:.1f} | {s['bytes_in_kernels']:.1f} "
+                f"| {s['temporaries']:.1f} | {sum(o['calls'] for o in s['operators'].values())} "
+                f"| {sum(k['launches'] for k in s['kernels'].values())} |"
+            )
+    authors = next(s for s in found if s["name"] == AUTHORS)
+    moved = {n: o for n, o in authors["operators"].items() if o["read"] + o["written"] >= 0.05}
+    lines += [
+        "",
+        "An operator's inputs are counted once and so are its outputs: what it reads twice inside "
+        "is not seen. FKL and RKL alone are less work than AKL, which needs both, the gap and the "
+        "head: their like is ours of that name. We have no JSD. The PyTorch backend works in a few "
+        "MiB that it uses again for every chunk of rows; what it moves to and from [N, V] tensors "
+        "is in the column of that name.",
+        "",
+        "The authors' code, operator by operator:",
+        "",
+        "| operator | calls | bytes read | bytes written |",
+        "| --- | ---: | ---: | ---: |",
+        *(
+            f"| {name} | {o['calls']} | {o['read']:.1f} | {o['written']:.1f} |"
+            for name, o in sorted(moved.items(), key=lambda item: -sum(item[1].values()))
+        ),
+    ]
+    return "\n".join(lines)
