@@ -23,6 +23,8 @@ from typing import NamedTuple
 from triton import knobs
 from triton.compiler import CompiledKernel
 
+from .source import Functions, Line, read_functions
+
 # ---------------------------------------------------------------- what is reported
 
 
@@ -67,11 +69,11 @@ class Loop:
     body: Mix  # all its blocks, also those of the loops inside
     # The way round on which every forward branch falls through; None if that leaves the loop.
     straight: Mix | None
-    sources: Mapping[tuple[str, int], int]  # instructions by (file name, line) of the source
+    sources: Mapping[Line, int]  # instructions by line of the source
 
     def instructions_from(self, file: str) -> int:
         """How many of the body's instructions come from a source file, such as ``head.py``."""
-        return sum(count for (name, _), count in self.sources.items() if name == file)
+        return sum(count for (path, _), count in self.sources.items() if Path(path).name == file)
 
     def steps(self, bytes_per_step: float) -> int:
         """How many iterations of the source's loop one trip makes: the compiler may have unrolled.
@@ -104,6 +106,7 @@ class KernelCode:
     resident_blocks: int  # per SM (per compute unit on AMD), by registers, shared memory and warps
     whole: Mix
     loops: tuple[Loop, ...]  # in the order of their first instruction
+    functions: Functions  # the device functions that were inlined
 
     @property
     def innermost_loops(self) -> tuple[Loop, ...]:
@@ -112,6 +115,23 @@ class KernelCode:
     def elements_per_thread(self, block: int) -> float:
         """Elements of a block (``BLOCK`` of the launch) that fall to one thread."""
         return block / (self.num_warps * self.warp_size)
+
+    def loops_by_function(self, names: Sequence[str]) -> dict[str, tuple[Loop, ...]]:
+        """The innermost loops, by that one of the device functions that most of each comes from.
+
+        With a function for each stage of a kernel, these are the loops of the stages.  A helper
+        that several of them call (so does Triton's library) does not decide.
+        """
+        owners = self.functions.owners(names)
+        by_function: dict[str, tuple[Loop, ...]] = {name: () for name in names}
+        for loop in self.innermost_loops:
+            counts: Counter[str] = Counter()
+            for line, count in loop.sources.items():
+                if line in owners:
+                    counts[owners[line]] += count
+            if counts:
+                by_function[max(names, key=lambda name: counts[name])] += (loop,)
+        return by_function
 
     def loops_by_file(self, files: Sequence[str]) -> dict[str, tuple[Loop, ...]]:
         """The innermost loops, by that one of ``files`` that gives most of their instructions.
@@ -191,7 +211,7 @@ class _Instruction:
     opcode: str
     operands: str
     guard: str  # the predicate in front of it; "" if it is always executed
-    source: tuple[str, int] | None
+    source: Line | None
 
 
 @dataclass(slots=True)
@@ -438,7 +458,7 @@ def _read_sass(text: str, kernel: str) -> _Listing:
         if not inside:
             continue
         if found := _SASS_SOURCE.match(line):
-            source = (Path(found.group(1)).name, int(found.group(2)))
+            source = (found.group(1), int(found.group(2)))
         elif found := _SASS_LABEL.match(line):
             listing.labels[found.group(1)] = len(listing.instructions)
         elif found := _SASS_LINE.match(line):
@@ -490,6 +510,7 @@ def _analyse_nvidia(kernel: CompiledKernel) -> KernelCode:
         ),
         whole=_mix(graph.instructions(graph.reachable), _classify_sass),
         loops=_loops(graph, _classify_sass),
+        functions=read_functions(kernel.asm["source"]),
     )
 
 
@@ -504,7 +525,7 @@ def _one(pattern: str, text: str) -> Sequence[str]:
 
 _AMD_LINE = re.compile(r"\t([a-z]\w*)\s*([^;]*)")
 _AMD_LABEL = re.compile(r"([.\w]+):")
-_AMD_FILE = re.compile(r'\t\.file\t(\d+) .*?"([^"]+)"(?: md5.*)?$')
+_AMD_FILE = re.compile(r'\t\.file\t(\d+) (?:"([^"]+)" )?"([^"]+)"(?: md5.*)?$')
 _AMD_SOURCE = re.compile(r"\t\.loc\t(\d+) (\d+)")
 _AMD_SPECIAL = re.compile(r"v_(exp|log|rcp|rsq|sqrt|sin|cos)_")
 _AMD_SPECIAL_NAMES = {"exp": "ex2", "log": "lg2"}
@@ -543,10 +564,10 @@ def _follow_amd(i: _Instruction) -> _Flow | None:
 def _read_amd(text: str, kernel: str) -> _Listing:
     listing = _Listing()
     files = {
-        number: Path(name).name
+        number: str(Path(folder or "", name))
         for line in text.splitlines()
         if (found := _AMD_FILE.match(line))
-        for number, name in [found.groups()]
+        for number, folder, name in [found.groups()]
     }
     start = text.index(f"\n{kernel}:")
     source = None
@@ -585,4 +606,5 @@ def _analyse_amd(kernel: CompiledKernel) -> KernelCode:
         resident_blocks=_resident_blocks_gfx942(registers, metadata.shared, metadata.num_warps),
         whole=_mix(graph.instructions(graph.reachable), _classify_amd),
         loops=_loops(graph, _classify_amd),
+        functions=read_functions(kernel.asm["source"]),
     )

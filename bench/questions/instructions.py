@@ -53,12 +53,12 @@ IN_ONE = ("forward with gradient",)
 # The stages that sweep a row in each.
 SWEEPS = {"forward": "AB", "backward": "C", "forward with gradient": "ABC"}
 
-# Stage: (its source file, logits that it reads per position).
+# Stage: (its device function, logits that it reads per position).
 STAGES = {
-    "A": ("statistics.py", 2),
-    "R": ("head.py", 1),
-    "B": ("divergence.py", 2),
-    "C": ("gradient.py", 2),
+    "A": ("row_statistics", 2),
+    "R": ("head_boundary", 1),
+    "B": ("row_divergence", 2),
+    "C": ("row_gradient", 2),
 }
 # Of stage R: the search for the cut in a group of ties, which has no exps.
 CUT = "cut"
@@ -185,10 +185,10 @@ def kernel_costs(
 def _our_cost(name: str, launch: RecordedLaunch, dtype: str) -> KernelCost:
     code = _analysed(launch.compiled.hash, launch)
     per_thread = code.elements_per_thread(_block(launch))
-    by_file = code.loops_by_file([file for file, _ in STAGES.values()])
+    by_function = code.loops_by_function([function for function, _ in STAGES.values()])
     costs: dict[str, list[StageCost]] = {}
-    for stage, (file, reads) in STAGES.items():
-        for loop in by_file[file]:
+    for stage, (function, reads) in STAGES.items():
+        for loop in by_function[function]:
             has_exps = loop.body.special.get("ex2", 0) > 0
             if loop.body.bytes_loaded and (has_exps or stage == "R"):
                 part = stage if has_exps else CUT

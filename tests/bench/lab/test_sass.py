@@ -276,7 +276,7 @@ def test_branches_out_of_line() -> None:
     assert loop.straight is not None
     assert loop.straight.instructions == 5
     assert loop.straight.shuffles == 1
-    assert loop.sources == {("stage.py", 7): 8}
+    assert loop.sources == {("/somewhere/stage.py", 7): 8}
     assert len(graph.instructions(graph.reachable)) == 10
 
 

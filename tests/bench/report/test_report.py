@@ -15,6 +15,7 @@ import pytest
 
 from bench import store
 from bench.__main__ import main
+from bench.lab.compile import TARGETS
 from bench.questions.floor import Work, floor, work
 from bench.questions.instructions import kernel_costs
 from bench.report import document as report
@@ -59,17 +60,18 @@ def test_a_changed_figure_is_drift(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 @pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing"
 )
-def test_stored_instructions_are_those_of_the_kernels() -> None:
+@pytest.mark.parametrize("target", TARGETS)
+def test_stored_instructions_are_those_of_the_kernels(target: str) -> None:
     stored = store.load("instructions")
     if stored["versions"]["triton"] != importlib.metadata.version("triton"):
         pytest.skip("another Triton compiled the kernels")
     (case,) = (
         case
         for case in stored["data"]["ours"]
-        if (case["loss"], case["target"], case["dtype"]) == ("adaptive_kl", "sm_90", "bf16")
+        if (case["loss"], case["target"], case["dtype"]) == ("adaptive_kl", target, "bf16")
         and 151_936 in case["vocabularies"]
     )
-    for name, cost in kernel_costs("adaptive_kl", "sm_90", 151_936).items():
+    for name, cost in kernel_costs("adaptive_kl", target, 151_936).items():
         found = json.loads(json.dumps({**asdict(cost), "per_position": cost.per_position}))
         assert found == case["kernels"][name], "the kernels have changed: python -m bench report"
 
