@@ -163,7 +163,7 @@ SCRIPT = """
 import subprocess
 import torch
 from bench.lab import ptxcpu
-import test_ptxcpu_driver as tests
+import test_driver as tests
 
 commands = []
 run = subprocess.run
