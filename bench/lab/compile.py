@@ -24,12 +24,15 @@ TARGETS = {
     "sm_80": GPUTarget("cuda", 80, WARP_SIZE),
     "sm_90": GPUTarget("cuda", 90, WARP_SIZE),
     "sm_100": GPUTarget("cuda", 100, WARP_SIZE),
+    "sm_120": GPUTarget("cuda", 120, WARP_SIZE),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-"""The GPUs that kernels are compiled for: A100, H100, B200, MI300."""
+"""The GPUs that kernels are compiled for: A100, H100, B200, RTX 5090, MI300."""
+
+NVIDIA = tuple(name for name, target in TARGETS.items() if target.backend == "cuda")
 
 # Shared memory that a block may have.
-_SHARED_KIB = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "gfx942": 64}
+_SHARED_KIB = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "sm_120": 99, "gfx942": 64}
 # The device ordinal selects Triton's in-process kernel cache: not one where kernels are executed.
 _DEVICE_BASE = 1 << 17
 

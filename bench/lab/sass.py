@@ -179,6 +179,7 @@ _MULTIPROCESSORS = {
     80: _Multiprocessor(warps=64, blocks=32, shared_bytes=164 * 1024),
     90: _Multiprocessor(warps=64, blocks=32, shared_bytes=228 * 1024),
     100: _Multiprocessor(warps=64, blocks=32, shared_bytes=228 * 1024),
+    120: _Multiprocessor(warps=48, blocks=24, shared_bytes=100 * 1024),
 }
 
 

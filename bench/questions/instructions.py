@@ -24,11 +24,10 @@ import akl_triton
 from akl_triton.cli.bench import make_logits
 from bench.inputs.peers import PEERS, Peer, speculators_losses, speculators_tile
 from bench.lab import ptxcpu
-from bench.lab.compile import TARGETS, RecordedLaunch, record_launches
+from bench.lab.compile import NVIDIA, TARGETS, RecordedLaunch, record_launches
 from bench.lab.sass import KernelCode, Loop, analyse
 from bench.report.tables import number, table
 
-NVIDIA = ("sm_80", "sm_90", "sm_100")
 VOCABULARIES = (32_000, 49_152, 50_257, 128_256, 151_936, 152_064)
 PEER_VOCABULARIES = (32_000, 128_256, 151_936)
 MAIN_TARGET, MAIN_VOCABULARY = "sm_90", 151_936

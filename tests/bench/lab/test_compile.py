@@ -7,9 +7,7 @@ import triton
 import triton.language as tl
 
 from bench.lab import ptxcpu
-from bench.lab.compile import TARGETS, compile_for, record_launches
-
-NVIDIA = ["sm_80", "sm_90", "sm_100"]
+from bench.lab.compile import NVIDIA, TARGETS, compile_for, record_launches
 
 
 @triton.jit

@@ -8,9 +8,8 @@ import triton
 import triton.language as tl
 
 from bench.lab import sass
-from bench.lab.compile import TARGETS, compile_for
+from bench.lab.compile import NVIDIA, TARGETS, compile_for
 
-NVIDIA = ["sm_80", "sm_90", "sm_100"]
 BLOCK = 2048
 WARPS = 4
 
@@ -299,6 +298,9 @@ def test_indirect_branches_are_refused() -> None:
         (90, 32, 64 * 1024, 4, 3),  # shared memory, of which 1 KiB per block is the system's
         (80, 32, 64 * 1024, 4, 2),
         (100, 32, 227 * 1024, 4, 1),
+        (120, 32, 0, 8, 6),  # 48 warps
+        (120, 16, 0, 1, 24),  # 24 blocks
+        (120, 32, 48 * 1024, 4, 2),
     ],
 )
 def test_occupancy(arch: int, registers: int, shared_bytes: int, warps: int, blocks: int) -> None:
