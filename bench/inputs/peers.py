@@ -37,7 +37,23 @@ Kind = Literal["triton", "eager", "compiled"]
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 OURS = "akl-triton"
-VERSIONS = {"liger-kernel": "0.8.5", "speculators": "0.9.0"}
+VERSIONS = {"liger-kernel": "0.8.5", "speculators": "0.9.0", "trl": "1.16.0"}
+
+
+def installed(package: str) -> str | None:
+    """The version of a distribution, None if there is none."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def version_obstacle(package: str) -> str | None:
+    """Why figures would not be those of the version that is measured; None if they are."""
+    wanted, found = VERSIONS.get(package), installed(package)
+    if wanted is None or found == wanted:
+        return None
+    return f"{package} {wanted} is measured, {found or 'none'} is installed"
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,19 +75,14 @@ class Peer:
     @property
     def version(self) -> str | None:
         """The version that is installed, None if none is."""
-        try:
-            return importlib.metadata.version(self.package)
-        except importlib.metadata.PackageNotFoundError:
-            return None
+        return installed(self.package)
 
     def obstacle(self, device: torch.device | str) -> str | None:
         """Why it cannot run on tensors of this device; None if it can."""
-        wanted = VERSIONS.get(self.package)
-        if wanted is not None and self.version != wanted:
-            return f"{self.package} {wanted} is measured, {self.version or 'none'} is installed"
-        if self.kind == "triton":
-            return triton_obstacle(torch.device(device).type)
-        return None
+        obstacle = version_obstacle(self.package)
+        if obstacle is None and self.kind == "triton":
+            obstacle = triton_obstacle(torch.device(device).type)
+        return obstacle
 
 
 def runnable(device: torch.device | str) -> list[Peer]:

@@ -11,6 +11,7 @@ import contextlib
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -214,3 +215,15 @@ def compile_for(
         options["num_stages"] = num_stages
     with _dry(target):  # device code may ask the active driver for its target
         return triton.compile(source, target=backend, options=options)
+
+
+@contextlib.contextmanager
+def counted_compilations() -> Iterator[list[str]]:
+    """Names of the kernels for which Triton meets a new specialisation, cached on disk or not."""
+    names: list[str] = []
+
+    def hook(*, fn: Any, **_: Any) -> None:
+        names.append(fn.name)
+
+    with mock.patch.object(triton.knobs.runtime, "jit_cache_hook", hook):
+        yield names

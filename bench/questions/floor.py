@@ -19,7 +19,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.questions.instructions import CUT, IN_ONE, PEER_VOCABULARIES, SEARCHES, SEPARATE
+from bench.inputs.shapes import PEER_VOCABULARIES
+from bench.questions.instructions import CUT, IN_ONE, SEARCHES, SEPARATE
 from bench.report.tables import table
 from bench.store import load
 

@@ -4,10 +4,8 @@
     python -m bench gpu --output DIR          this alone, in less than --seconds
     python -m bench gpu --output DIR --tiny   all of its code on a CPU: no figure of a GPU
 
-A time is the median over CUDA events around one call, enqueued behind a kernel that waits, so that
-what the host does before the launch is not in it (it is a column of its own). The calls rotate
-through pairs of logits that together are CACHES times the L2, and what a call needs is prepared a
-whole turn ahead: no input is warm. GB/s are of the compulsory bytes, each input read once and each
+A time is the median over several calls, taken as bench/lab/clock.py says; what the host does before
+the launch is a column of its own. GB/s are of the compulsory bytes, each input read once and each
 output written once, whatever a loss really moves; beside them stands a copy of the same run. From
 hidden states, where products take the time, memory stands beside the model of the design instead.
 
@@ -23,24 +21,20 @@ import functools
 import gc
 import itertools
 import json
-import math
 import platform
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
-import torch.nn.functional as F
 import triton
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -49,7 +43,13 @@ import akl_triton
 from akl_triton.kernels.launch_table import CANDIDATES, Launch, launch_for
 from akl_triton.linear import chunk_rows, default_chunk_bytes
 from akl_triton.ops import triton_obstacle
+from bench.inputs.linear_peers import adaptive_kl_of_all_logits
+from bench.inputs.losses import LOSSES
 from bench.inputs.peers import OURS, PEERS
+from bench.inputs.synthetic import DECAY, Heads, make_heads, make_pair
+from bench.lab.clock import copies_for, synchronize, time_calls
+from bench.lab.compile import counted_compilations
+from bench.lab.memory import peak_beyond_inputs
 from bench.questions import Unanswerable
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -74,72 +74,8 @@ SIZES = Sizes(
 )
 TINY_SIZES = Sizes((1000, 1003), (16, 4), (1000,), (16, 4), hidden=8)
 DTYPE = torch.bfloat16
-# How many times the L2 lies between two uses of the same logits.
-CACHES = 4
 COPY_BYTES = 2**30
 TINY_COPY_BYTES = 2**24
-SECONDS_PER_CASE = 0.15
-REPEATS = (5, 50)  # at least, at most
-LONGEST_WAIT = 0.02  # seconds in which the host can enqueue a call behind the waiting kernel
-WAIT_CYCLES = 2_000_000_000  # a second of the fastest clock there is
-
-# ---------------------------------------------------------------- inputs
-
-# Logits that fall by this much where the rank of a token grows e-fold: the probabilities then are
-# those of a Poisson-Dirichlet process with alpha = 1 / DECAY, whose largest is above 1/2 in
-# sin(pi alpha) / (pi alpha) of the rows. This makes that a half: as many rows need a search for the
-# boundary of their head as do not.
-DECAY = 1.657
-CHUNK = 2**26  # logits that are drawn at a time, in fp32
-
-
-def make_pair(
-    rows: int, vocabulary: int, device: torch.device, dtype: torch.dtype, seed: int
-) -> tuple[Tensor, Tensor]:
-    """(student, a leaf that requires grad; teacher), both [rows, vocabulary].
-
-    teacher = DECAY * Exp(1), which orders no rank, as -ln(rank / V) of a random token is Exp(1);
-    student = teacher + N(0, 1)."""
-    generator = torch.Generator(device).manual_seed(seed)
-    student, teacher = (torch.empty(rows, vocabulary, device=device, dtype=dtype) for _ in "st")
-    step = max(1, CHUNK // vocabulary)
-    for start in range(0, rows, step):
-        part = slice(start, start + step)
-        logits = torch.empty(len(teacher[part]), vocabulary, device=device)
-        teacher[part] = logits.exponential_(generator=generator).mul_(DECAY)
-        noise = torch.empty_like(logits).normal_(generator=generator)
-        student[part] = logits.add_(noise)
-    return student.requires_grad_(), teacher
-
-
-class Heads(NamedTuple):
-    """What the fused losses start from; the student's two are leaves that require grad."""
-
-    student_hidden: Tensor  # [N, H]
-    student_weight: Tensor  # [V, H]
-    teacher_hidden: Tensor
-    teacher_weight: Tensor
-
-
-def make_heads(
-    rows: int, vocabulary: int, hidden: int, device: torch.device, dtype: torch.dtype, seed: int
-) -> Heads:
-    """Heads of random weights whose logits are N(0, 9): no few tokens make a head."""
-    generator = torch.Generator(device).manual_seed(seed)
-
-    def normal(size: int, deviation: float) -> Tensor:
-        x = torch.empty(size, hidden, device=device, dtype=dtype)
-        return x.normal_(std=deviation, generator=generator)
-
-    sizes = ((rows, 1.0), (vocabulary, 3.0 / hidden**0.5))
-    student, teacher = ([normal(*size) for size in sizes] for _ in "st")
-    return Heads(*(x.requires_grad_() for x in student), *teacher)
-
-
-def copies_for(input_bytes: int, cache_bytes: int) -> int:
-    """How many times these inputs make up CACHES times the cache."""
-    return max(1, math.ceil(CACHES * cache_bytes / input_bytes))
-
 
 # ---------------------------------------------------------------- what is timed
 
@@ -175,20 +111,6 @@ PHASES = ON_LOGITS | {
         None,
     ),
 }
-
-
-def adaptive_kl_of_all_logits(
-    student_hidden: Tensor,
-    student_weight: Tensor,
-    teacher_hidden: Tensor,
-    teacher_weight: Tensor,
-    **options: Any,
-) -> Tensor:
-    """As without a fused loss: all logits are there, and the gradient overwrites the student's."""
-    student = F.linear(student_hidden, student_weight)
-    teacher = F.linear(teacher_hidden, teacher_weight)
-    loss: Tensor = akl_triton.adaptive_kl(student, teacher, inplace=True, **options)
-    return loss
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,131 +191,6 @@ class Result:
 
 
 RESULT_FIELDS = [field.name for field in fields(Result)]
-
-
-class Times(NamedTuple):
-    """In milliseconds."""
-
-    median: float
-    percentile_20: float
-    percentile_80: float
-    repeats: int
-    host: float
-
-
-class Clock(Protocol):
-    def time(self, call: Callable[[], Any]) -> None: ...
-    def milliseconds(self) -> list[float]: ...
-
-
-def _event() -> torch.cuda.Event:
-    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-
-
-class CudaClock:
-    """Times on the GPU, by events, behind a kernel that waits until the host has enqueued all."""
-
-    def __init__(self, host: float):
-        self._cycles = int(WAIT_CYCLES * min(2 * host, LONGEST_WAIT))
-        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
-
-    def time(self, call: Callable[[], Any]) -> None:
-        start, end = _event(), _event()
-        torch.cuda._sleep(self._cycles)  # type: ignore[no-untyped-call]
-        start.record()
-        call()
-        end.record()
-        self._events.append((start, end))
-
-    def milliseconds(self) -> list[float]:
-        torch.cuda.synchronize()
-        return [start.elapsed_time(end) for start, end in self._events]
-
-
-class WallClock:
-    """Times on the CPU."""
-
-    def __init__(self) -> None:
-        self._milliseconds: list[float] = []
-
-    def time(self, call: Callable[[], Any]) -> None:
-        start = time.perf_counter()
-        call()
-        self._milliseconds.append(1e3 * (time.perf_counter() - start))
-
-    def milliseconds(self) -> list[float]:
-        return self._milliseconds
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def rotate(
-    prepare: Callable[[int], Any], run: Callable[[Any], Any], pairs: int, repeats: int, clock: Clock
-) -> None:
-    """Time the calls, each on what was prepared for its pair of logits a whole turn before."""
-    ready = deque(prepare(i) for i in range(pairs))
-    for repeat in range(repeats):
-        state = ready.popleft()
-        clock.time(functools.partial(run, state))
-        del state  # or two of them would be in memory where there is one pair
-        ready.append(prepare(repeat % pairs))
-
-
-def time_calls(
-    prepare: Callable[[int], Any], run: Callable[[Any], Any], pairs: int, device: torch.device
-) -> Times:
-    """Two calls to compile and to estimate, then as many as SECONDS_PER_CASE allows."""
-    seconds = host = 0.0
-    for _ in range(2):
-        state = prepare(0)
-        synchronize(device)
-        start = time.perf_counter()
-        run(state)
-        host = time.perf_counter() - start
-        synchronize(device)
-        seconds = time.perf_counter() - start
-        del state
-    repeats = min(max(math.ceil(SECONDS_PER_CASE / seconds), REPEATS[0]), REPEATS[1])
-    clock: Clock = CudaClock(host) if device.type == "cuda" else WallClock()
-    rotate(prepare, run, pairs, repeats, clock)
-    return summarise(clock.milliseconds(), 1e3 * host)
-
-
-def summarise(milliseconds: Sequence[float], host: float) -> Times:
-    fifths = statistics.quantiles(milliseconds, n=5, method="inclusive")
-    median = statistics.median(milliseconds)
-    return Times(median, fifths[0], fifths[-1], len(milliseconds), host)
-
-
-def peak_beyond_inputs(
-    prepare: Callable[[int], Any], run: Callable[[Any], Any], device: torch.device
-) -> int | None:
-    """Most bytes that PyTorch holds during a call beyond those before it; None on a CPU."""
-    if device.type != "cuda":
-        return None
-    state = prepare(0)
-    torch.cuda.synchronize(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
-    result = run(state)
-    peak = torch.cuda.max_memory_allocated(device) - before
-    del result
-    return peak
-
-
-@contextlib.contextmanager
-def counted_compilations() -> Iterator[list[str]]:
-    """Names of the kernels for which Triton meets a new specialisation, cached on disk or not."""
-    names: list[str] = []
-
-    def hook(*, fn: Any, **_: Any) -> None:
-        names.append(fn.name)
-
-    with mock.patch.object(triton.knobs.runtime, "jit_cache_hook", hook):
-        yield names
 
 
 @contextlib.contextmanager
@@ -497,11 +294,6 @@ class Bench:
 
 # ---------------------------------------------------------------- which cases
 
-_OUR_LOSSES: dict[str, Loss] = {
-    "adaptive_kl": akl_triton.adaptive_kl,
-    "forward_kl": akl_triton.forward_kl,
-    "reverse_kl": akl_triton.reverse_kl,
-}
 # The first two never hold all logits.
 _FROM_HEADS: dict[str, Loss] = {
     "linear_adaptive_kl": akl_triton.linear_adaptive_kl,
@@ -527,7 +319,7 @@ def plan(device: torch.device, backend: str, sizes: Sizes) -> tuple[list[Case], 
     def ours(
         name: str, phases: Sequence[str], temperature: float = 1.0, launch: Launch | None = None
     ) -> list[Callable[[int, int], Case]]:
-        loss = functools.partial(_OUR_LOSSES[name], backend=backend, temperature=temperature)
+        loss = functools.partial(LOSSES[name], backend=backend, temperature=temperature)
         return [
             functools.partial(
                 _case, name, OURS, name, loss, phase, temperature=temperature, launch=launch

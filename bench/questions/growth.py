@@ -23,6 +23,7 @@ from akl_triton.cli.bench import COLOURS, MIB, make_logits, peak_memory
 from akl_triton.reference import authors_adaptive_kl
 from bench.inputs.real_logits import real_logits, resampled
 from bench.lab import ptxcpu
+from bench.lab.memory import saved_bytes
 from bench.questions.traffic import ARCH, Loss, per_position, two_launches
 
 VOCABULARIES = tuple(2**i for i in range(10, 19))  # 1,024 to 262,144
@@ -88,23 +89,6 @@ def flat_from(found: Sequence[dict[str, Any]], loss: str, what: str) -> int:
     ]
     sizes: list[int] = [f["vocabulary"] for f in found]
     return min(v for v in sizes if v > max(uneven, default=0))
-
-
-def saved_bytes(loss: Step, student: Tensor, teacher: Tensor) -> int:
-    """Bytes that the autograd graph keeps for the backward, beyond the two inputs."""
-    inputs = {x.untyped_storage().data_ptr() for x in (student, teacher)}
-    kept: dict[int, int] = {}
-
-    def pack(x: Tensor) -> Tensor:
-        storage = x.untyped_storage()
-        if storage.data_ptr() not in inputs:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return x
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        graph = loss(student, teacher)  # alive, so that no storage's address is used again
-    del graph
-    return sum(kept.values())
 
 
 def saved_state() -> list[dict[str, Any]]:

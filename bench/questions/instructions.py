@@ -11,41 +11,32 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 import triton
 from matplotlib.figure import Figure
-from torch import Tensor
 
 import akl_triton
 from akl_triton.cli.bench import make_logits
+from bench.inputs.losses import LOSSES, OPTIONS
 from bench.inputs.peers import PEERS, Peer, speculators_losses, speculators_tile
+from bench.inputs.shapes import (
+    ALIGNMENT_CLASSES,
+    DTYPES,
+    MAIN_VOCABULARY,
+    PEER_VOCABULARIES,
+    VOCABULARIES,
+)
 from bench.lab import ptxcpu
 from bench.lab.compile import NVIDIA, TARGETS, RecordedLaunch, record_launches
 from bench.lab.sass import KernelCode, Loop, analyse
 from bench.report.tables import number, table
 
-VOCABULARIES = (32_000, 49_152, 50_257, 128_256, 151_936, 152_064)
-PEER_VOCABULARIES = (32_000, 128_256, 151_936)
-MAIN_TARGET, MAIN_VOCABULARY = "sm_90", 151_936
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+MAIN_TARGET = "sm_90"
 
-LOSSES: dict[str, Callable[..., Tensor]] = {
-    "adaptive_kl": akl_triton.adaptive_kl,
-    "forward_kl": akl_triton.forward_kl,
-    "reverse_kl": akl_triton.reverse_kl,
-}
-# What a call may ask for besides, which makes other kernels of the same loss.
-OPTIONS: dict[str, dict[str, Any]] = {
-    "": {},
-    "inclusive head": {"head": "inclusive"},
-    "average ties": {"ties": "average"},
-    "statistics": {"return_stats": True},
-    "softcaps": {"student_softcap": 30.0, "teacher_softcap": 30.0},
-}
 # Which kernels a call launches, in order. The first two are what a loss with its backward launches.
 SEPARATE = ("forward", "backward")
 IN_ONE = ("forward with gradient",)
@@ -167,7 +158,7 @@ def record(
     function = functools.partial(LOSSES[loss], **OPTIONS[options], backend="triton")
     with record_launches(target) as launches:
         result = function(student.requires_grad_(), teacher)
-        (result[0] if isinstance(result, tuple) else result).backward()  # type: ignore[no-untyped-call]
+        (result[0] if isinstance(result, tuple) else result).backward()
         # The gradient goes over the logits, which must be no leaf.
         function(student.clone(), teacher, inplace=True)
     return dict(zip((*SEPARATE, *IN_ONE), launches, strict=True))
@@ -303,13 +294,6 @@ def misaligned_rows() -> list[dict[str, Any]]:
 
 def _executed(counters: ptxcpu.Counters) -> float:
     return float(sum(of_kernel["warp_instr"] for of_kernel in counters.values()))
-
-
-ALIGNMENT_CLASSES = {
-    "V a multiple of 16": (32_000, 49_152, 128_256, 151_936, 152_064),
-    "V a multiple of 8": (32_008, 50_264, 151_944),
-    "any other V": (32_001, 50_257, 50_258, 128_259, 151_935),
-}
 
 
 def compilations(loss: str = "adaptive_kl", target: str = MAIN_TARGET) -> list[dict[str, Any]]:

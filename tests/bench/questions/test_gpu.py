@@ -24,7 +24,8 @@ from akl_triton.cli.bench import peak_memory
 from akl_triton.kernels.launch_table import CANDIDATES, Launch
 from bench.__main__ import main
 from bench.inputs.peers import OURS
-from bench.lab import ptxcpu
+from bench.inputs.synthetic import make_heads, make_pair
+from bench.lab import clock, ptxcpu
 from bench.questions import gpu
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -51,7 +52,7 @@ def run(folder: Path, *cases: gpu.Case, seconds: float = 60.0) -> dict[str, Any]
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu, "SECONDS_PER_CASE", 0.0)
+    monkeypatch.setattr(clock, "SECONDS_PER_CASE", 0.0)
 
 
 def fail(error: BaseException) -> Callable[..., Tensor]:
@@ -61,99 +62,7 @@ def fail(error: BaseException) -> Callable[..., Tensor]:
     return loss
 
 
-# ---- logits, rotation, statistics, figures
-
-
-def test_half_of_the_heads_must_be_searched_for() -> None:
-    """The top token of a teacher's row is above mu = 1/2 in half of the rows."""
-    student, teacher = gpu.make_pair(2000, 4000, CPU, torch.bfloat16, seed=0)
-    top = teacher.float().softmax(-1).amax(-1)
-    assert 0.46 < (top > 0.5).float().mean() < 0.54  # 3.6 standard deviations either way
-    assert 0.9 < (student.detach().float() - teacher.float()).std() < 1.1
-    assert student.requires_grad and not teacher.requires_grad
-    other = gpu.make_pair(2, 4000, CPU, torch.bfloat16, seed=1)[1]
-    assert not torch.equal(other, teacher[:2])
-
-
-def test_logits_are_drawn_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu, "CHUNK", 100)
-    student, teacher = gpu.make_pair(7, 40, CPU, torch.float32, seed=0)
-    assert len(teacher.unique(dim=0)) == len(student.unique(dim=0)) == 7
-
-
-@pytest.mark.parametrize(
-    "pair, cache, pairs", [(100, 50, 2), (201, 50, 1), (199, 50, 2), (9, 0, 1)]
-)
-def test_pairs_are_four_caches(pair: int, cache: int, pairs: int) -> None:
-    assert gpu.copies_for(pair, cache) == pairs
-
-
-class Recorder:
-    """A clock that writes down what it is given."""
-
-    def __init__(self, log: list[str]):
-        self.log = log
-
-    def time(self, call: Callable[[], Any]) -> None:
-        self.log.append(call())
-
-    def milliseconds(self) -> list[float]:
-        return []
-
-
-def test_calls_rotate() -> None:
-    """What is timed was prepared before the calls on all the other pairs."""
-    log: list[str] = []
-
-    def prepare(i: int) -> int:
-        log.append(f"prepare {i}")
-        return i
-
-    gpu.rotate(prepare, lambda i: f"time {i}", 3, 4, Recorder(log))
-    assert log == [
-        *("prepare 0", "prepare 1", "prepare 2"),
-        *("time 0", "prepare 0", "time 1", "prepare 1", "time 2", "prepare 2"),
-        *("time 0", "prepare 0"),
-    ]
-
-
-def test_one_state_is_held_where_there_is_one_pair() -> None:
-    """Of a backward, that is all that its forward has saved."""
-    alive = most = 0
-
-    class State:
-        def __init__(self) -> None:
-            nonlocal alive, most
-            alive += 1
-            most = max(most, alive)
-
-        def __del__(self) -> None:
-            nonlocal alive
-            alive -= 1
-
-    gpu.time_calls(lambda _: State(), lambda state: None, 1, CPU)
-    assert most == 1
-
-
-def test_the_gpu_waits_until_all_is_enqueued(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the host does before a launch is not in the time."""
-    log: list[str] = []
-
-    class Event:
-        def record(self) -> None:
-            log.append("event")
-
-        def elapsed_time(self, other: Event) -> float:
-            assert log[-1] == "synchronize"
-            return 2.0
-
-    monkeypatch.setattr(gpu, "_event", Event)
-    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: log.append(f"wait {cycles}"))
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: log.append("synchronize"))
-    clock = gpu.CudaClock(host=1e-4)
-    clock.time(lambda: log.append("call"))
-    assert clock.milliseconds() == [2.0]
-    assert log == ["wait 400000", "event", "call", "event", "synchronize"]
+# ---- figures
 
 
 def test_state_of_the_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,15 +79,10 @@ def test_state_of_the_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert state["temperature.gpu"] == "30"
 
 
-def test_statistics() -> None:
-    times = gpu.summarise([5.0, 1.0, 2.0, 100.0, 3.0, 4.0], host=0.5)
-    assert times == gpu.Times(3.5, 2.0, 5.0, 6, 0.5)
-
-
 @pytest.mark.parametrize("phase, tensors", [("forward", 2), ("backward", 3), ("inplace", 3)])
 def test_figures(phase: str, tensors: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a millisecond: bytes / 1e6 are GB/s."""
-    times = gpu.Times(1.0, 0.5, 2.0, 7, 0.1)
+    times = clock.Times(1.0, 0.5, 2.0, 7, 0.1)
     monkeypatch.setattr(gpu, "time_calls", lambda *_: times)
     bench = gpu.Bench(CPU, copy_bytes=1_000_000)
     assert bench.copy_gb_per_s == 2.0  # read and written
@@ -191,7 +95,7 @@ def test_figures(phase: str, tensors: int, monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.parametrize("phase", gpu.ON_LOGITS)
 def test_phases_do_what_they_say(phase: str) -> None:
-    student, teacher = gpu.make_pair(3, 50, CPU, torch.float32, seed=0)
+    student, teacher = make_pair(3, 50, CPU, torch.float32, seed=0)
     before = student.detach().clone()
     output = gpu.PHASES[phase].run(ours, gpu.PHASES[phase].prepare(ours, student, teacher))
     loss = adaptive_kl(student, teacher, backend="torch")
@@ -211,7 +115,7 @@ def from_heads() -> dict[str, gpu.Case]:
 def test_what_starts_from_heads_gives_both_gradients(from_heads: dict[str, gpu.Case]) -> None:
     """And those of AKL are the same with all logits and without."""
     phase = gpu.PHASES["linear"]
-    student_hidden, student_weight, teacher_hidden, teacher_weight = heads = gpu.make_heads(
+    student_hidden, student_weight, teacher_hidden, teacher_weight = heads = make_heads(
         24, 500, 16, CPU, torch.float32, seed=0
     )
     logits = student_hidden @ student_weight.T
@@ -236,7 +140,7 @@ def test_the_model_of_memory(
     monkeypatch.setitem(linear.CHUNK_BYTES, "cpu", 2 * chunk * vocabulary * 2)
     monkeypatch.setattr(eager, "TEMPORARY_BYTES", 2**19)
     monkeypatch.setattr(ops, "BLOCK_BYTES", 2**16)
-    inputs = gpu.make_heads(rows, vocabulary, hidden, CPU, gpu.DTYPE, seed=0)
+    inputs = make_heads(rows, vocabulary, hidden, CPU, gpu.DTYPE, seed=0)
     phase = gpu.PHASES["linear"]
     peaks = {}
     for name, c in from_heads.items():

@@ -4,15 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from bench.questions.l2 import (
-    BLOCK,
-    BLOCK_BYTES,
-    ORDERS,
-    Order,
-    bytes_per_position,
-    modelled,
-    sweeps,
-)
+from bench.questions.l2 import BLOCK, BLOCK_BYTES, ORDERS, Order, modelled
 
 BLOCKS = 10
 BY_NAME = {order.name: order for order in ORDERS}
@@ -39,8 +31,8 @@ def test_forward_order_finds_nothing_in_a_cache_that_is_too_small(order: Order) 
 
 def test_serpentine_order_finds_what_the_cache_holds() -> None:
     """Of one row: half of B, then half of C."""
-    row = list(sweeps(BLOCKS, SERPENTINE, "ABC"))
-    assert bytes_per_position(size_of_rows(0.5), 1, row) == pytest.approx(14 - 4, abs=0.5)
+    found = modelled(size_of_rows(0.5), 1, BLOCKS * BLOCK, SERPENTINE)
+    assert found == pytest.approx(14 - 4, abs=0.5)
 
 
 def test_hints_make_room() -> None:
