@@ -3,6 +3,7 @@
 
 import functools
 import inspect
+from pathlib import Path
 
 import pytest
 import triton
@@ -77,7 +78,9 @@ def lines_of(function) -> set[int]:
 def test_a_helper_counts_for_the_one_that_it_serves() -> None:
     functions = read_functions(compiled("sm_90").asm["source"])
     owners = functions.owners(["scaled", "summed"])
-    here = {line: owner for (path, line), owner in owners.items() if path == __file__}
+    # Triton's cache serves all folders, and keeps the path that it has first seen.
+    name = Path(__file__).name
+    here = {line: owner for (path, line), owner in owners.items() if Path(path).name == name}
     assert set(here.values()) == {"scaled", "summed"}
     for line, owner in here.items():
         helped = lines_of(summed) | lines_of(weighted)

@@ -28,7 +28,8 @@ def test_load_behind_the_tensor() -> None:
     # The message names the kernel, the first address behind x, and the line of the source.
     assert "careless_kernel" in str(error.value)
     assert f"{x.data_ptr() + 4000:x}" in str(error.value)
-    assert "test_faults.py:" in str(error.value)
+    # Triton's cache serves all folders, and keeps the path that it has first seen.
+    assert re.search(r"faults\.py:\d+", str(error.value))
 
 
 def test_store_behind_the_tensor() -> None:
