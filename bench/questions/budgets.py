@@ -8,7 +8,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bench.questions.instructions import CUT, IN_ONE, SEARCHES, SEPARATE, StageCost, kernel_costs
+from bench.inputs.stages import CUT, IN_ONE, SEARCHES, SEPARATE
+from bench.questions.instructions import StageCost, kernel_costs
 from bench.report.tables import table
 
 BUDGETS = Path(__file__).resolve().parents[1] / "report" / "budgets.toml"

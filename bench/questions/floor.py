@@ -1,4 +1,4 @@
-"""Below which time no GPU can be: a floor from bytes, exponentials and instructions, never a time.
+"""`python -m bench floor`: a floor from bytes, exponentials and instructions, never a time.
 
     floor = max(bytes / copy, exps / MUFU rate, instructions / issue rate)
 
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.inputs.shapes import PEER_VOCABULARIES
-from bench.questions.instructions import CUT, IN_ONE, SEARCHES, SEPARATE
+from bench.inputs.stages import BOUNDARY, CUT, IN_ONE, SEARCHES, SEPARATE
 from bench.report.tables import table
 from bench.store import load
 
@@ -46,7 +46,7 @@ class Work:
         )
 
 
-# How often the searches of stage R sweep a row, by the names of SEARCHES.
+# How often each of the SEARCHES sweeps a row.
 Scans = Mapping[str, float]
 
 
@@ -98,7 +98,7 @@ def collect() -> dict[str, Any]:
     )
     scans = {
         f"{temperature:g}": next(
-            {"R": case["scans"]["boundary_mean"], CUT: case["scans"]["cut_mean"]}
+            {BOUNDARY: case["scans"]["boundary_mean"], CUT: case["scans"]["cut_mean"]}
             for case in traffic["cases"]
             if not case["synthetic"]
             and (case["dtype"], case["temperature"]) == ("bfloat16", temperature)

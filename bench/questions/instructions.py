@@ -1,4 +1,4 @@
-"""What the compiled kernels execute per vocabulary position, ours and the peers'.
+"""`python -m bench instructions`: what the compiled kernels execute, ours and the peers'.
 
 Every kernel is compiled for GPUs that are not there, with the launch settings that its own launcher
 chooses, and its machine code is read (bench/lab/sass.py). A figure per position is the static count
@@ -30,6 +30,20 @@ from bench.inputs.shapes import (
     PEER_VOCABULARIES,
     VOCABULARIES,
 )
+from bench.inputs.stages import (
+    BOUNDARY,
+    CUT,
+    DIVERGENCE,
+    DIVERGENCE_AND_GRADIENT,
+    FUNCTIONS,
+    GRADIENT,
+    IN_ONE,
+    READS,
+    SEARCHES,
+    SEPARATE,
+    STATISTICS,
+    SWEEPS,
+)
 from bench.lab import ptxcpu
 from bench.lab.compile import NVIDIA, TARGETS, RecordedLaunch, record_launches
 from bench.lab.sass import KernelCode, Loop, analyse
@@ -37,31 +51,14 @@ from bench.report.tables import number, table
 
 MAIN_TARGET = "sm_90"
 
-# Which kernels a call launches, in order. The first two are what a loss with its backward launches.
-SEPARATE = ("forward", "backward")
-IN_ONE = ("forward with gradient",)
-# The stages that sweep a row in each.
-SWEEPS = {"forward": "AB", "backward": "C", "forward with gradient": "ABC"}
-
-# Stage: (its device function, logits that it reads per position).
-STAGES = {
-    "A": ("row_statistics", 2),
-    "R": ("head_boundary", 1),
-    "B": ("row_divergence", 2),
-    "C": ("row_gradient", 2),
-}
-# Of stage R: the search for the cut in a group of ties, which has no exps.
-CUT = "cut"
-# These sweep a row as often as its logits ask for, or never; the others sweep it once.
-SEARCHES = ("R", CUT)
-# The same for the peers, whose loops share a file: by kernel, in the order of the source, the stage
-# of ours that does the same work, and what an iteration reads. None: no work on logits.
+# The loops of a peer's kernel, in the order of the source: the stage of ours that does such work,
+# and the logits that an iteration reads per position. None: no work on logits.
 PEER_LOOPS: dict[str, tuple[tuple[str, int] | None, ...]] = {
-    "loss_forward_kernel": (("A", 1), ("A", 1), ("B", 2)),
-    "loss_backward_kernel": (None, ("C", 2)),
-    "_kldiv_kernel_forward": (("B", 2),),
-    "_kldiv_kernel_backward": (("C", 1),),
-    "_jsd_kernel": (("BC", 2),),
+    "loss_forward_kernel": ((STATISTICS, 1), (STATISTICS, 1), (DIVERGENCE, 2)),
+    "loss_backward_kernel": (None, (GRADIENT, 2)),
+    "_kldiv_kernel_forward": ((DIVERGENCE, 2),),
+    "_kldiv_kernel_backward": ((GRADIENT, 1),),
+    "_jsd_kernel": ((DIVERGENCE_AND_GRADIENT, 2),),
 }
 
 
@@ -175,14 +172,14 @@ def kernel_costs(
 def _our_cost(name: str, launch: RecordedLaunch, dtype: str) -> KernelCost:
     code = _analysed(launch.compiled.hash, launch)
     per_thread = code.elements_per_thread(_block(launch))
-    by_function = code.loops_by_function([function for function, _ in STAGES.values()])
+    by_function = code.loops_by_function(list(FUNCTIONS.values()))
     costs: dict[str, list[StageCost]] = {}
-    for stage, (function, reads) in STAGES.items():
+    for stage, function in FUNCTIONS.items():
         for loop in by_function[function]:
             has_exps = loop.body.special.get("ex2", 0) > 0
-            if loop.body.bytes_loaded and (has_exps or stage == "R"):
+            if loop.body.bytes_loaded and (has_exps or stage == BOUNDARY):
                 part = stage if has_exps else CUT
-                cost = _stage_cost(part, loop, per_thread, reads * DTYPES[dtype].itemsize)
+                cost = _stage_cost(part, loop, per_thread, READS[stage] * DTYPES[dtype].itemsize)
                 costs.setdefault(part, []).append(cost)
     # Masks make the loop over edge blocks the longer one; that which goes from block to block in
     # search of the cut adds up each of them.
@@ -190,9 +187,9 @@ def _our_cost(name: str, launch: RecordedLaunch, dtype: str) -> KernelCost:
         min(of_part, key=lambda cost: (cost.barriers, cost.per_position))
         for of_part in costs.values()
     ]
-    missing = set(SWEEPS[name]) - costs.keys()
+    missing = [FUNCTIONS[stage] for stage in SWEEPS[name] if stage not in costs]
     if missing:
-        raise ValueError(f"{launch.name}: no loop of stage {', '.join(sorted(missing))}")
+        raise ValueError(f"{launch.name}: no loop of {', '.join(missing)}")
     return _cost(name, launch, code, stages)
 
 
@@ -509,7 +506,7 @@ def _figures(cost: Mapping[str, Any]) -> tuple[str, ...]:
     searches = [stage for stage in cost["stages"] if stage["stage"] in SEARCHES]
     barriers, shuffles = (sum(s[what] for s in stages) for what in ("barriers", "shuffles"))
     return (
-        *(_cell(_stage(cost, stage)) for stage in "ABC"),
+        *(_cell(_stage(cost, stage)) for stage in (STATISTICS, DIVERGENCE, GRADIENT)),
         f"{cost['per_position']:.1f}",
         ", ".join(_cell(_stage(cost, s["stage"])) for s in searches),
         number(_sum(cost, "exps")),
@@ -547,13 +544,13 @@ def _together(kernels: Mapping[str, Any], names: Iterable[str]) -> tuple[str, ..
     """The columns of the table of peers from `tiles` on: the kernels of a forward and backward."""
     costs = [kernels[name] for name in names]
     stages = [s for cost in costs for s in cost["stages"] if s["stage"] not in SEARCHES]
-    of_b = sum(_stage(cost, "B") for cost in costs)
-    of_both = sum(_stage(cost, "BC") for cost in costs)
+    of_b = sum(_stage(cost, DIVERGENCE) for cost in costs)
+    of_both = sum(_stage(cost, DIVERGENCE_AND_GRADIENT) for cost in costs)
     return (
         ", ".join(f"{cost['block']} x {cost['warps']}" for cost in costs),
-        _cell(sum(_stage(cost, "A") for cost in costs)),
+        _cell(sum(_stage(cost, STATISTICS) for cost in costs)),
         f"BC {of_both:.1f}" if of_both else _cell(of_b),
-        _cell(sum(_stage(cost, "C") for cost in costs)),
+        _cell(sum(_stage(cost, GRADIENT) for cost in costs)),
         f"{sum(cost['per_position'] for cost in costs):.1f}",
         number(sum(_sum(cost, "exps") for cost in costs)),
         f"{sum(s['barriers'] for s in stages)}, {sum(s['shuffles'] for s in stages)}",
@@ -631,7 +628,12 @@ def _tile_rows(costs: list[dict[str, Any]]) -> list[tuple[str, ...]]:
     ]
 
 
-COLOURS = {"A": "#0072B2", "B": "#E69F00", "C": "#009E73", "BC": "#CC79A7"}
+COLOURS = {
+    STATISTICS: "#0072B2",
+    DIVERGENCE: "#E69F00",
+    GRADIENT: "#009E73",
+    DIVERGENCE_AND_GRADIENT: "#CC79A7",
+}
 
 
 def plot(data: dict[str, Any], path: os.PathLike[str]) -> None:
@@ -646,7 +648,12 @@ def plot(data: dict[str, Any], path: os.PathLike[str]) -> None:
     figure = Figure(figsize=(8, 0.4 * len(bars) + 1.4), layout="constrained")
     axes = figure.subplots()
     left = dict.fromkeys(bars, 0.0)
-    words = {"A": "A statistics", "B": "B divergence", "C": "C gradient", "BC": "B and C in one"}
+    words = {
+        STATISTICS: "A statistics",
+        DIVERGENCE: "B divergence",
+        GRADIENT: "C gradient",
+        DIVERGENCE_AND_GRADIENT: "B and C in one",
+    }
     for stage, colour in COLOURS.items():
         axes.barh(
             list(bars),

@@ -9,6 +9,7 @@ import tomllib
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+from bench.inputs.stages import BOUNDARY, DIVERGENCE, GRADIENT, STATISTICS, SWEEPS
 from bench.lab.l2 import Access, blocks_moved
 from bench.questions.floor import DEVICES
 from bench.report.tables import table
@@ -23,33 +24,36 @@ class Order(NamedTuple):
     """A way to sweep a row."""
 
     name: str
-    launches: tuple[str, ...]  # their stages; R is one scan of the teacher's row
-    serpentine: bool  # B from the last block to the first
-    hints: bool = False  # C's accesses are the last ones
+    launches: tuple[tuple[str, ...], ...]  # their stages; the boundary is one scan of the teacher
+    serpentine: bool  # the divergence from the last block to the first
+    hints: bool = False  # the gradient's accesses are the last ones
 
 
+IN_PLACE = SWEEPS["forward with gradient"]
+ONE_SCAN = (STATISTICS, BOUNDARY, DIVERGENCE, GRADIENT)
+TWO_LAUNCHES = (SWEEPS["forward"], SWEEPS["backward"])
 ORDERS = (
-    Order("in place: forward", ("ABC",), serpentine=False),
-    Order("in place: serpentine", ("ABC",), serpentine=True),
-    Order("in place: serpentine, hints", ("ABC",), serpentine=True, hints=True),
-    Order("in place, one scan: forward", ("ARBC",), serpentine=False),
-    Order("in place, one scan: serpentine, hints", ("ARBC",), serpentine=True, hints=True),
-    Order("two launches: forward", ("AB", "C"), serpentine=False),
-    Order("two launches: serpentine, hints", ("AB", "C"), serpentine=True, hints=True),
+    Order("in place: forward", (IN_PLACE,), serpentine=False),
+    Order("in place: serpentine", (IN_PLACE,), serpentine=True),
+    Order("in place: serpentine, hints", (IN_PLACE,), serpentine=True, hints=True),
+    Order("in place, one scan: forward", (ONE_SCAN,), serpentine=False),
+    Order("in place, one scan: serpentine, hints", (ONE_SCAN,), serpentine=True, hints=True),
+    Order("two launches: forward", TWO_LAUNCHES, serpentine=False),
+    Order("two launches: serpentine, hints", TWO_LAUNCHES, serpentine=True, hints=True),
 )
 
 
-def sweeps(blocks: int, order: Order, stages: str) -> Iterator[Access]:
+def sweeps(blocks: int, order: Order, stages: Sequence[str]) -> Iterator[Access]:
     """The accesses of one launch to a row."""
     in_place = len(order.launches) == 1
     for stage in stages:
-        keep = not (order.hints and stage == "C")
-        backwards = order.serpentine and stage == "B"
+        keep = not (order.hints and stage == GRADIENT)
+        backwards = order.serpentine and stage == DIVERGENCE
         for block in reversed(range(blocks)) if backwards else range(blocks):
             yield Access("teacher", block, keep=keep)
-            if stage != "R":
+            if stage != BOUNDARY:
                 yield Access("student", block, keep=keep)
-            if stage == "C":
+            if stage == GRADIENT:
                 yield Access("student" if in_place else "gradient", block, True, keep)
 
 

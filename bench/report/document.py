@@ -7,9 +7,10 @@ from pathlib import Path
 
 from bench.inputs.peers import PEERS
 from bench.inputs.shapes import MAIN_VOCABULARY
+from bench.inputs.stages import SEPARATE
 from bench.questions import question
 from bench.questions.floor import work
-from bench.questions.instructions import MAIN_TARGET, SEPARATE
+from bench.questions.instructions import MAIN_TARGET
 from bench.report import goals
 from bench.report.tables import table
 from bench.store import load

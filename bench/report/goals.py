@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from bench.questions.instructions import CUT, IN_ONE, SEARCHES, SEPARATE
+from bench.inputs.stages import CUT, IN_ONE, SEARCHES, SEPARATE
 from bench.report.tables import table
 
 # Data of the sections, by section.

@@ -62,5 +62,5 @@ def test_a_stage_without_a_loop_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
         )
 
     monkeypatch.setattr(instructions, "_analysed", without_gradient)
-    with pytest.raises(ValueError, match="no loop of stage C"):
+    with pytest.raises(ValueError, match="no loop of row_gradient"):
         figures(next(iter(BUDGETS)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from bench.inputs.stages import BOUNDARY
 from bench.questions.l2 import BLOCK, BLOCK_BYTES, ORDERS, Order, modelled
 
 BLOCKS = 10
@@ -25,12 +26,12 @@ def test_a_cache_that_holds_all_reads_a_launch_once(order: Order) -> None:
 
 @pytest.mark.parametrize("order", [o for o in ORDERS if not o.serpentine], ids=lambda o: o.name)
 def test_forward_order_finds_nothing_in_a_cache_that_is_too_small(order: Order) -> None:
-    scans = "".join(order.launches).count("R")
+    scans = sum(stages.count(BOUNDARY) for stages in order.launches)
     assert modelled(size_of_rows(0.4), 1, BLOCKS * BLOCK, order) == 14 + 2 * scans
 
 
 def test_serpentine_order_finds_what_the_cache_holds() -> None:
-    """Of one row: half of B, then half of C."""
+    """Of one row: half of the divergence, then half of the gradient."""
     found = modelled(size_of_rows(0.5), 1, BLOCKS * BLOCK, SERPENTINE)
     assert found == pytest.approx(14 - 4, abs=0.5)
 
