@@ -19,7 +19,7 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     if os.environ.get("TRITON_INTERPRET") == "1":
         pytest.skip("interpreted kernels are tested in tests/kernels")
     pytest.importorskip("triton")
-    from bench import ptxcpu
+    from bench.lab import ptxcpu
 
     with ptxcpu.active(arch=90):
         yield name

@@ -1,7 +1,7 @@
 """One source, three ways to run the kernels, the best that the machine has:
 
 gpu           a real GPU
-ptx           the compiled PTX, executed on the CPU by bench.ptxcpu
+ptx           the compiled PTX, executed on the CPU by bench.lab.ptxcpu
 interpreter   Triton's interpreter, with TRITON_INTERPRET=1 in the environment
 """
 
@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from bench import ptxcpu
+from bench.lab import ptxcpu
 
 INTERPRETER = os.environ.get("TRITON_INTERPRET") == "1"
 MODE = "interpreter" if INTERPRETER else "gpu" if torch.cuda.is_available() else "ptx"

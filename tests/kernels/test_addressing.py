@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from akl_triton.kernels import pipeline
-from bench.ptxcpu import virtual_tensor
+from bench.lab.ptxcpu import virtual_tensor
 from tests.kernels.rows import KINDS, assert_right, make_rows, run
 
 OPTIONS: dict[str, Any] = {

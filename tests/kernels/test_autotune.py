@@ -34,7 +34,7 @@ import torch
 from akl_triton import adaptive_kl
 from akl_triton.kernels import launch_table
 from akl_triton.kernels.launch_table import Launch
-from bench import ptxcpu
+from bench.lab import ptxcpu
 
 launch_table.CANDIDATES = {tried}
 from akl_triton.kernels import pipeline

@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from akl_triton.kernels import pipeline
-from bench import ptxcpu
-from bench.compile import TARGETS, RecordedLaunch, record_launches
-from bench.sass import analyse
+from bench.lab import ptxcpu
+from bench.lab.compile import TARGETS, RecordedLaunch, record_launches
+from bench.lab.sass import analyse
 from tests.kernels.conftest import INTERPRETER
 from tests.kernels.rows import KINDS, make_rows, run
 

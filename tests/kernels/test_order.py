@@ -1,4 +1,4 @@
-"""Stages sweep a row in the order of bench.l2: each starts where the one before it ended."""
+"""Stages sweep a row in the order of `bench l2`: each starts where the one before it ended."""
 
 from __future__ import annotations
 

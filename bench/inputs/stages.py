@@ -1,0 +1,33 @@
+"""The stages of a row in our kernels, and the kernels that a call launches.
+
+A stage is stored, and stands in tables, by a letter or a word.
+"""
+
+from __future__ import annotations
+
+STATISTICS, BOUNDARY, DIVERGENCE, GRADIENT = "A", "R", "B", "C"
+# A part of the boundary: the search for the cut in a group of ties, which has no exps.
+CUT = "cut"
+# A loop of a peer that gives loss and gradient.
+DIVERGENCE_AND_GRADIENT = "BC"
+
+# The device function of a stage, and the logits that it reads per position.
+FUNCTIONS = {
+    STATISTICS: "row_statistics",
+    BOUNDARY: "head_boundary",
+    DIVERGENCE: "row_divergence",
+    GRADIENT: "row_gradient",
+}
+READS = {STATISTICS: 2, BOUNDARY: 1, DIVERGENCE: 2, GRADIENT: 2}
+# These sweep a row as often as its logits ask for, or never; the others sweep it once.
+SEARCHES = (BOUNDARY, CUT)
+
+# Which kernels a call launches, in order. The first two are what a loss with its backward launches.
+SEPARATE = ("forward", "backward")
+IN_ONE = ("forward with gradient",)
+# The stages that sweep a row in each, but for the searches.
+SWEEPS = {
+    "forward": (STATISTICS, DIVERGENCE),
+    "backward": (GRADIENT,),
+    "forward with gradient": (STATISTICS, DIVERGENCE, GRADIENT),
+}

@@ -1,0 +1,144 @@
+"""How long a call takes on a GPU, or on this CPU.
+
+A time on a GPU is that between two CUDA events around a call, enqueued behind a kernel that waits,
+so that what the host does before the launch is not in it.  The calls rotate through inputs that
+together are CACHES times the L2, and what a call needs is prepared a whole turn ahead: no input is
+warm.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import statistics
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+
+# How many times the L2 lies between two uses of the same logits.
+CACHES = 4
+SECONDS_PER_CASE = 0.15
+REPEATS = (5, 50)  # at least, at most
+LONGEST_WAIT = 0.02  # seconds in which the host can enqueue a call behind the waiting kernel
+WAIT_CYCLES = 2_000_000_000  # a second of the fastest clock there is
+
+
+def copies_for(input_bytes: int, cache_bytes: int) -> int:
+    """How many times these inputs make up CACHES times the cache."""
+    return max(1, math.ceil(CACHES * cache_bytes / input_bytes))
+
+
+class Times(NamedTuple):
+    """In milliseconds."""
+
+    median: float
+    percentile_20: float
+    percentile_80: float
+    repeats: int
+    host: float
+
+
+class Clock(Protocol):
+    def time(self, call: Callable[[], Any]) -> None: ...
+    def milliseconds(self) -> list[float]: ...
+
+
+def _event() -> torch.cuda.Event:
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+
+
+class CudaClock:
+    """Times on the GPU, by events, behind a kernel that waits until the host has enqueued all."""
+
+    def __init__(self, host: float):
+        self._cycles = int(WAIT_CYCLES * min(2 * host, LONGEST_WAIT))
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    def time(self, call: Callable[[], Any]) -> None:
+        start, end = _event(), _event()
+        torch.cuda._sleep(self._cycles)  # type: ignore[no-untyped-call]
+        start.record()
+        call()
+        end.record()
+        self._events.append((start, end))
+
+    def milliseconds(self) -> list[float]:
+        torch.cuda.synchronize()
+        return [start.elapsed_time(end) for start, end in self._events]
+
+
+class WallClock:
+    """Times on the CPU."""
+
+    def __init__(self) -> None:
+        self._milliseconds: list[float] = []
+
+    def time(self, call: Callable[[], Any]) -> None:
+        start = time.perf_counter()
+        call()
+        self._milliseconds.append(1e3 * (time.perf_counter() - start))
+
+    def milliseconds(self) -> list[float]:
+        return self._milliseconds
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def rotate(
+    prepare: Callable[[int], Any], run: Callable[[Any], Any], pairs: int, repeats: int, clock: Clock
+) -> None:
+    """Time the calls, each on what was prepared for its pair of logits a whole turn before."""
+    ready = deque(prepare(i) for i in range(pairs))
+    for repeat in range(repeats):
+        state = ready.popleft()
+        clock.time(functools.partial(run, state))
+        del state  # or two of them would be in memory where there is one pair
+        ready.append(prepare(repeat % pairs))
+
+
+def time_calls(
+    prepare: Callable[[int], Any], run: Callable[[Any], Any], pairs: int, device: torch.device
+) -> Times:
+    """Two calls to compile and to estimate, then as many as SECONDS_PER_CASE allows."""
+    seconds = host = 0.0
+    for _ in range(2):
+        state = prepare(0)
+        synchronize(device)
+        start = time.perf_counter()
+        run(state)
+        host = time.perf_counter() - start
+        synchronize(device)
+        seconds = time.perf_counter() - start
+        del state
+    repeats = min(max(math.ceil(SECONDS_PER_CASE / seconds), REPEATS[0]), REPEATS[1])
+    clock: Clock = CudaClock(host) if device.type == "cuda" else WallClock()
+    rotate(prepare, run, pairs, repeats, clock)
+    return summarise(clock.milliseconds(), 1e3 * host)
+
+
+def summarise(milliseconds: Sequence[float], host: float) -> Times:
+    fifths = statistics.quantiles(milliseconds, n=5, method="inclusive")
+    median = statistics.median(milliseconds)
+    return Times(median, fifths[0], fifths[-1], len(milliseconds), host)
+
+
+def least_times(
+    steps: Mapping[str, Callable[[], Any]], rounds: int, device: torch.device
+) -> dict[str, float]:
+    """Seconds, the least of `rounds` rounds over all of them, after one that is not counted."""
+    least = dict.fromkeys(steps, float("inf"))
+    for turn in range(rounds + 1):
+        for name, step in steps.items():
+            synchronize(device)
+            started = time.perf_counter()
+            step()
+            synchronize(device)
+            if turn:
+                least[name] = min(least[name], time.perf_counter() - started)
+    return least

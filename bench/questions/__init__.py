@@ -1,0 +1,38 @@
+"""The questions that bench/ answers, a module each.
+
+A module has
+
+    collect(...) -> dict    the figures, as JSON can hold them; its parameters are options of the
+                            command, and its defaults are what is stored
+    markdown(data) -> str   the same to read
+    plot(data, path)        a picture, where there is something to see
+    failures(data) -> list  a line for each thing that is not as it must be; they fail the command
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+QUESTIONS = {
+    "instructions": "What do the compiled kernels execute per vocabulary position, and the peers'?",
+    "traffic": "What do they read, write and execute on real logits?",
+    "operators": "How many bytes does each way to compute a loss move, operator by operator?",
+    "growth": "How does cost grow with the rows and with the vocabulary?",
+    "linear": "What do the losses of hidden states hold and take, compared with others?",
+    "floor": "Which time can no GPU beat, by the stored figures of the others?",
+    "on_real_logits": "Is the PyTorch backend faster than the authors' code here, and as right?",
+    "budgets": "Are the compiled kernels within their budgets?",
+    "l2": "Which sweeps of a row would the L2 serve, by a model of it?",
+    "on_chip": "What would a kernel cost that holds its row in registers?",
+    "gpu": "How long do the losses take on a GPU?",
+}
+
+
+class Unanswerable(Exception):
+    """This machine lacks what the question needs."""
+
+
+def question(name: str) -> ModuleType:
+    """The module of a question."""
+    return importlib.import_module(f"bench.questions.{name}")

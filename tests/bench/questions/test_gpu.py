@@ -1,0 +1,332 @@
+"""Times on a GPU, asked on a CPU: what a result says, and that results outlive what stops a run."""
+
+from __future__ import annotations
+
+import csv
+import functools
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import akl_triton
+from akl_triton import adaptive_kl, eager, linear, ops
+from akl_triton.cli.bench import peak_memory
+from akl_triton.kernels.launch_table import CANDIDATES, Launch
+from bench.__main__ import main
+from bench.inputs.peers import OURS
+from bench.inputs.synthetic import make_heads, make_pair
+from bench.lab import clock, ptxcpu
+from bench.questions import gpu
+
+ROOT = Path(__file__).resolve().parents[3]
+CPU = torch.device("cpu")
+ours = functools.partial(adaptive_kl, backend="torch")
+
+
+def case(name: str = "a loss", loss: Any = ours, phase: str = "both", **options: Any) -> gpu.Case:
+    fixed: dict[str, Any] = {
+        "package": OURS,
+        "computes": "adaptive_kl",
+        "rows": 2,
+        "vocabulary": 30,
+    }
+    return gpu.Case(name=name, loss=loss, phase=phase, **fixed | options)
+
+
+def run(folder: Path, *cases: gpu.Case, seconds: float = 60.0) -> dict[str, Any]:
+    """The answer, which is the JSON that is left."""
+    data = gpu.measure_all(cases, {"a peer": "why"}, CPU, folder, seconds=seconds, copy_bytes=4096)
+    assert data == json.loads((folder / "cpu.json").read_text())
+    return data
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(clock, "SECONDS_PER_CASE", 0.0)
+
+
+def fail(error: BaseException) -> Callable[..., Tensor]:
+    def loss(*_: Tensor) -> Tensor:
+        raise error
+
+    return loss
+
+
+# ---- figures
+
+
+def test_state_of_the_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert gpu.gpu_state() is None
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text(
+        "#!/bin/sh\necho '580.1, 1980 MHz, 2619 MHz, 1980 MHz, 2619 MHz, 80 W, 700 W, 30'\n"
+    )
+    smi.chmod(0o755)
+    state = gpu.gpu_state()
+    assert state is not None
+    assert (state["driver_version"], state["clocks.max.sm"]) == ("580.1", "1980 MHz")
+    assert state["temperature.gpu"] == "30"
+
+
+@pytest.mark.parametrize("phase, tensors", [("forward", 2), ("backward", 3), ("inplace", 3)])
+def test_figures(phase: str, tensors: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a millisecond: bytes / 1e6 are GB/s."""
+    times = clock.Times(1.0, 0.5, 2.0, 7, 0.1)
+    monkeypatch.setattr(gpu, "time_calls", lambda *_: times)
+    bench = gpu.Bench(CPU, copy_bytes=1_000_000)
+    assert bench.copy_gb_per_s == 2.0  # read and written
+    result = bench.measure(case(phase=phase, rows=1000, vocabulary=500))
+    assert result.status == "ok"
+    assert result.gb_per_s == pytest.approx(tensors * 1000 * 500 * 2 / 1e6)
+    assert result.of_copy == pytest.approx(tensors / 2)
+    assert (result.median, result.percentile_80, result.repeats) == (1.0, 2.0, 7)
+
+
+@pytest.mark.parametrize("phase", gpu.ON_LOGITS)
+def test_phases_do_what_they_say(phase: str) -> None:
+    student, teacher = make_pair(3, 50, CPU, torch.float32, seed=0)
+    before = student.detach().clone()
+    output = gpu.PHASES[phase].run(ours, gpu.PHASES[phase].prepare(ours, student, teacher))
+    loss = adaptive_kl(student, teacher, backend="torch")
+    expected = loss if phase == "forward" else torch.autograd.grad(loss, student)[0]
+    torch.testing.assert_close(output, expected)
+    assert torch.equal(student, before)  # in place or not: the next call has the same logits
+    assert student.grad is None
+
+
+@pytest.fixture
+def from_heads() -> dict[str, gpu.Case]:
+    """The cases that start from hidden states: 192 tokens, V = 4096, H = 64."""
+    sizes = gpu.Sizes((50,), (2,), (4096,), (192,), hidden=64)
+    return {c.name: c for c in gpu.plan(CPU, "torch", sizes)[0] if c.hidden}
+
+
+def test_what_starts_from_heads_gives_both_gradients(from_heads: dict[str, gpu.Case]) -> None:
+    """And those of AKL are the same with all logits and without."""
+    phase = gpu.PHASES["linear"]
+    student_hidden, student_weight, teacher_hidden, teacher_weight = heads = make_heads(
+        24, 500, 16, CPU, torch.float32, seed=0
+    )
+    logits = student_hidden @ student_weight.T
+    assert 2.8 < logits.std() < 3.2
+    for c in from_heads.values():
+        gradients = phase.run(c.loss, phase.prepare(c.loss, *heads))
+        loss = getattr(akl_triton, c.computes)(logits, teacher_hidden @ teacher_weight.T)
+        expected = torch.autograd.grad(loss, (student_hidden, student_weight), retain_graph=True)
+        for ours, exact in zip(gradients, expected, strict=True):
+            torch.testing.assert_close(ours, exact)
+            assert exact.abs().max() > 1e-4
+    assert {c.computes for c in from_heads.values()} == {"adaptive_kl", "forward_kl"}
+
+
+def test_the_model_of_memory(
+    from_heads: dict[str, gpu.Case], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """2 C V bytes + 4 V H: what is measured is that and the gradients; all logits are more."""
+    rows, vocabulary, hidden, chunk = 192, 4096, 64, 64
+    model = 2 * chunk * vocabulary * 2 + 4 * vocabulary * hidden
+    gradients = 2 * (rows + vocabulary) * hidden
+    monkeypatch.setitem(linear.CHUNK_BYTES, "cpu", 2 * chunk * vocabulary * 2)
+    monkeypatch.setattr(eager, "TEMPORARY_BYTES", 2**19)
+    monkeypatch.setattr(ops, "BLOCK_BYTES", 2**16)
+    inputs = make_heads(rows, vocabulary, hidden, CPU, gpu.DTYPE, seed=0)
+    phase = gpu.PHASES["linear"]
+    peaks = {}
+    for name, c in from_heads.items():
+        prepared = phase.prepare(c.loss, *inputs)
+        peaks[name] = peak_memory(functools.partial(phase.run, c.loss, prepared), CPU)
+    for name in ("linear_adaptive_kl", "linear_forward_kl"):
+        assert from_heads[name].model_bytes(CPU) == model
+        assert model <= peaks[name] <= 1.1 * (model + gradients)
+    unfused = "adaptive_kl of all logits"
+    assert from_heads[unfused].model_bytes(CPU) is None
+    assert peaks[unfused] >= 2 * rows * vocabulary * 2
+    few = replace(from_heads["linear_adaptive_kl"], rows=5)  # less than a chunk
+    assert few.model_bytes(CPU) == 2 * 5 * vocabulary * 2 + 4 * vocabulary * hidden
+
+
+def test_a_result_from_heads(
+    from_heads: dict[str, gpu.Case], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A time beside the model; bytes per second would say nothing of products."""
+    c = from_heads["linear_adaptive_kl"]
+    report = run(tmp_path, c)
+    (result,) = report["results"]
+    assert not gpu.failures(report) and result["median"] > 0 and result["pairs"] == 2
+    assert (result["hidden"], result["gb_per_s"], result["of_copy"]) == (64, None, None)
+    assert result["model_mib"] == (2 * 192 * 4096 * 2 + 4 * 4096 * 64) / 2**20
+    assert "ms, the model without gradients 4.0 MiB" in capsys.readouterr().out
+
+
+# ---- which cases
+
+
+def test_every_size_has_all_phases_and_launches() -> None:
+    cases, absent = gpu.plan(CPU, "triton", gpu.Sizes((1000, 1003), (16, 4), (1000,), (4,), 8))
+    assert "torch authors, compiled" in absent
+    for vocabulary in (1000, 1003):
+        of_size = [c for c in cases if c.vocabulary == vocabulary]
+        for rows in (16, 4):
+            phases = {c.phase for c in of_size if c.rows == rows and c.name == "adaptive_kl"}
+            assert phases == set(gpu.ON_LOGITS)
+        launches = {c.launch for c in of_size} - {None}
+        assert launches == set(CANDIDATES)
+        assert any(c.package != OURS for c in of_size)
+    assert len({c.label for c in cases}) == len(cases)
+    assert cases[0].name == "adaptive_kl" and cases[0].rows == 16
+    heads = {(c.name, c.rows, c.vocabulary, c.hidden) for c in cases if c.phase == "linear"}
+    names = ("linear_adaptive_kl", "linear_forward_kl", "adaptive_kl of all logits")
+    assert heads == {(name, 4, 1000, 8) for name in names}
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="ptxcpu needs the C++ compiler g++")
+def test_a_launch_reaches_the_kernels() -> None:
+    """And neither N nor V, within an alignment class, makes another compilation."""
+    launches: list[ptxcpu.Launch] = []
+    loss = functools.partial(adaptive_kl, backend="triton")
+    with ptxcpu.active(arch=90, observer=launches.append):
+        bench = gpu.Bench(CPU, copy_bytes=4096)
+        cases = [
+            case(loss=loss, phase="forward", rows=rows, vocabulary=v, launch=Launch(128, 1))
+            for rows, v in ((2, 208), (5, 336))
+        ]
+        first, second = (bench.measure(c) for c in cases)
+    assert (first.status, first.compilations) == ("ok", 1)
+    assert (second.status, second.compilations) == ("ok", 0)
+    assert {launch.metadata.num_warps for launch in launches} == {1}
+    blocks = {
+        value
+        for launch in launches
+        for path, value in launch.source.constants.items()
+        if launch.source.fn.arg_names[path[0]] == "BLOCK"
+    }
+    assert blocks == {128}
+
+
+# ---- results
+
+
+def test_a_run_on_a_cpu_does_not_look_like_one_on_a_gpu(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = run(tmp_path, case())
+    assert not gpu.failures(report)
+    assert {path.name for path in tmp_path.iterdir()} == {"cpu.csv", "cpu.json", "cpu.png"}
+    assert report["device"]["type"] == "cpu" and report["device"]["name"].startswith("cpu")
+    assert report["clock"].startswith("wall clock")
+    assert report["results"][0]["device"] == "cpu"
+    assert report["results"][0]["peak_mib"] is None  # nothing was counted
+    assert "cpu: akl-triton a loss, both" in capsys.readouterr().out
+    assert report["versions"]["torch"] == torch.__version__
+    (row,) = csv.DictReader((tmp_path / "cpu.csv").open())
+    assert float(row["median"]) == report["results"][0]["median"] > 0
+
+
+def test_failures_are_results(tmp_path: Path) -> None:
+    """Of a peer, they are no failure of the run."""
+    peer: dict[str, Any] = {"package": "peer"}
+    report = run(
+        tmp_path,
+        case("needs much", fail(torch.OutOfMemoryError("much")), **peer),
+        case("is wrong", fail(ValueError("why\nmore")), **peer),
+        case("is right"),
+    )
+    assert not gpu.failures(report)
+    statuses = [result["status"] for result in report["results"]]
+    assert statuses == ["out of memory", "ValueError: why", "ok"]
+    assert report["results"][0]["median"] is None
+    report = run(tmp_path, case("is right"), case("is wrong", fail(ValueError("why"))))
+    assert gpu.failures(report) == ["is wrong, both, V = 30: ValueError: why"]
+
+
+def test_what_is_left_out_is_listed(tmp_path: Path) -> None:
+    report = run(tmp_path, case("never"), seconds=-1.0)
+    assert gpu.failures(report) == ["nothing of ours was measured"]
+    assert report["results"] == []
+    absent, never = report["left_out"]
+    assert absent == {"case": "a peer", "reason": "why"}
+    assert "never" in never["case"] and never["reason"] == "the time was up"
+
+
+def test_results_outlive_what_stops_the_run(tmp_path: Path) -> None:
+    """As where `timeout` ends a call that hangs."""
+    with pytest.raises(SystemExit):
+        run(tmp_path, case("done"), case("hangs", fail(SystemExit(1))), case("never"))
+    report = json.loads((tmp_path / "cpu.json").read_text())
+    assert [result["name"] for result in report["results"]] == ["done"]
+    assert len(report["left_out"]) == 3
+    assert len(list(csv.DictReader((tmp_path / "cpu.csv").open()))) == 1
+    assert (tmp_path / "cpu.png").stat().st_size > 0
+
+
+def test_the_fastest_launch_is_named(tmp_path: Path) -> None:
+    cases = [case(launch=launch) for launch in (Launch(1024, 4), Launch(2048, 4))]
+    report = gpu.Report(tmp_path, {"device": {"type": "cpu"}}, cases, {})
+    result = gpu.Bench(CPU, copy_bytes=4096).measure(case())
+    for c, block, milliseconds in zip(cases, (1024, 2048), (3.0, 2.0), strict=True):
+        report.add(c, replace(result, BLOCK=block, num_warps=4, median=milliseconds))
+    (text,) = gpu.best_launches(report.data)
+    assert "BLOCK = 2048, 4 warps (2.000 ms)" in text
+
+
+# ---- the command
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_the_command_measures_nothing(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["gpu", "--output", str(tmp_path)])
+    assert stop.value.code == 2
+    script = gpu_sh(tmp_path, PYTHON=sys.executable)
+    assert script.returncode == 2
+    assert "PyTorch sees no GPU here" in script.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_step_that_fails_is_recorded_and_the_rest_goes_on(tmp_path: Path) -> None:
+    script = gpu_sh("--tiny", OUT=str(tmp_path), PYTHON="/bin/false")
+    assert script.returncode == 1
+    steps = {
+        row["step"]: row["exit_code"] for row in csv.DictReader((tmp_path / "steps.csv").open())
+    }
+    assert steps["tests"] == steps["times"] == "1"
+    assert steps["sanitizer"].startswith("skipped")
+
+
+def test_the_steps_on_a_gpu(tmp_path: Path) -> None:
+    """With a Python that finds everything well, and a sanitizer that does not."""
+    tools, results = tmp_path / "bin", tmp_path / "results"
+    tools.mkdir()
+    sanitizer = tools / "compute-sanitizer"
+    sanitizer.write_text("#!/bin/sh\nexit 86\n")
+    sanitizer.chmod(0o755)
+    script = gpu_sh(results, PYTHON="/bin/true", PATH=f"{tools}:{os.environ['PATH']}")
+    assert script.returncode == 1
+    with (results / "steps.csv").open() as file:
+        steps = {row["step"]: row["exit_code"] for row in csv.DictReader(file)}
+    assert steps.pop("sanitizer") == "86"
+    tests = {"tests-oracle", "tests-kernels", "tests-api", "tests-linear"}
+    assert set(steps) == tests | {"compile", "times"}
+    assert set(steps.values()) == {"0"}
+    sanitizer.write_text("#!/bin/sh\n")
+    assert gpu_sh(results, PYTHON="/bin/true", PATH=f"{tools}:{os.environ['PATH']}").returncode == 0
+
+
+def gpu_sh(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [ROOT / "bench" / "gpu.sh", *arguments],
+        env={"PATH": os.environ["PATH"]} | environment,
+        capture_output=True,
+        text=True,
+    )

@@ -1,0 +1,43 @@
+"""The model of the L2, where its answers are known; its order of sweeps is that of the kernels."""
+
+from __future__ import annotations
+
+import pytest
+
+from bench.inputs.stages import BOUNDARY
+from bench.questions.l2 import BLOCK, BLOCK_BYTES, ORDERS, Order, modelled
+
+BLOCKS = 10
+BY_NAME = {order.name: order for order in ORDERS}
+IN_PLACE = BY_NAME["in place: forward"]
+SERPENTINE = BY_NAME["in place: serpentine"]
+
+
+def size_of_rows(rows: float) -> int:
+    """A cache that holds so many pairs of rows."""
+    return int(rows * 2 * BLOCKS * BLOCK_BYTES)
+
+
+@pytest.mark.parametrize("order", ORDERS, ids=lambda order: order.name)
+def test_a_cache_that_holds_all_reads_a_launch_once(order: Order) -> None:
+    found = modelled(size_of_rows(100), 4, BLOCKS * BLOCK, order)
+    assert found == {1: 4 + 2, 2: 4 + 4 + 2}[len(order.launches)]
+
+
+@pytest.mark.parametrize("order", [o for o in ORDERS if not o.serpentine], ids=lambda o: o.name)
+def test_forward_order_finds_nothing_in_a_cache_that_is_too_small(order: Order) -> None:
+    scans = sum(stages.count(BOUNDARY) for stages in order.launches)
+    assert modelled(size_of_rows(0.4), 1, BLOCKS * BLOCK, order) == 14 + 2 * scans
+
+
+def test_serpentine_order_finds_what_the_cache_holds() -> None:
+    """Of one row: half of the divergence, then half of the gradient."""
+    found = modelled(size_of_rows(0.5), 1, BLOCKS * BLOCK, SERPENTINE)
+    assert found == pytest.approx(14 - 4, abs=0.5)
+
+
+def test_hints_make_room() -> None:
+    size, resident = size_of_rows(4), 8
+    without = modelled(size, resident, BLOCKS * BLOCK, SERPENTINE)
+    hinted = modelled(size, resident, BLOCKS * BLOCK, SERPENTINE._replace(hints=True))
+    assert hinted < without < modelled(size, resident, BLOCKS * BLOCK, IN_PLACE)
