@@ -57,10 +57,11 @@ def _parser(name: str, text: str | None) -> argparse.ArgumentParser:
 
 
 def _write_report() -> int:
-    from bench.report import document
+    from bench.report import document, readme
 
     document.write()
-    print(f"{document.DOCUMENT} written")
+    readme.write()
+    print(f"{document.DOCUMENT} and {readme.README} written")
     return 0
 
 

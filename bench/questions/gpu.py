@@ -1,4 +1,4 @@
-"""Times of ours and of the peers on a GPU: the command behind every time that is claimed.
+"""`python -m bench gpu`: times of ours and of the peers, behind every time that is claimed.
 
     bench/gpu.sh                              the tests, this, and compute-sanitizer
     python -m bench gpu --output DIR          this alone, in less than --seconds

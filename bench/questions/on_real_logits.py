@@ -17,6 +17,7 @@ from torch import Tensor
 from akl_triton import adaptive_kl
 from akl_triton.cli.bench import Cost, measure
 from akl_triton.reference import authors_adaptive_kl, reference_adaptive_kl
+from bench.inputs.machine import cpu
 from bench.inputs.real_logits import real_logits
 from bench.lab import ptxcpu
 from bench.report.tables import table
@@ -91,6 +92,7 @@ def collect(rows: int = 256, rounds: int = 5) -> dict[str, Any]:
     return {
         "rows": rows,
         "vocabulary": student.shape[1],
+        "cpu": cpu(),
         "threads": torch.get_num_threads(),
         "cases": [
             {
@@ -107,8 +109,8 @@ def markdown(data: dict[str, Any]) -> str:
     """Two tables: costs, and heads."""
     return "\n\n".join(
         [
-            f"N = {data['rows']}, V = {data['vocabulary']:,}, T = 1, {data['threads']} threads. "
-            "Forward and backward; the gradient is no temporary.",
+            f"N = {data['rows']}, V = {data['vocabulary']:,}, T = 1, {data['threads']} threads "
+            f"of {data['cpu']}. Forward and backward; the gradient is no temporary.",
             table(
                 ("dtype", "loss", "ms", "MiB of temporaries"),
                 [

@@ -1,24 +1,16 @@
-"""`python -m bench report`: RESULTS.md, and the table in README.md."""
+"""RESULTS.md: a section for each question whose answer is stored."""
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
-from bench.inputs.peers import PEERS
-from bench.inputs.shapes import MAIN_VOCABULARY
-from bench.inputs.stages import SEPARATE
 from bench.questions import question
-from bench.questions.floor import work
-from bench.questions.instructions import MAIN_TARGET
 from bench.report import goals
 from bench.report.tables import table
 from bench.store import load
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENT = ROOT / "bench" / "RESULTS.md"
-README = ROOT / "README.md"
-SUMMARY = re.compile(r"(?<=<!-- python -m bench report -->\n).*?(?=<!-- end -->)", re.DOTALL)
 
 # Question: heading of its section. In the order of asking, as the floor reads the others.
 SECTIONS = {
@@ -28,6 +20,8 @@ SECTIONS = {
     "growth": "Growth with N and V",
     "linear": "Fused linear: peak memory and time",
     "floor": "Floors",
+    "on_real_logits": "The PyTorch backend and the authors' code on real logits",
+    "demo": "A demo: one student of each loss",
 }
 
 
@@ -40,9 +34,9 @@ def render() -> str:
         "Written by `python -m bench report` of what `python -m bench all --save` stored; each "
         "section says which command runs it alone. None needs a GPU: kernels are compiled for the "
         "GPUs named and read (`bench/lab/sass.py`), or their PTX is executed on a CPU and counted "
-        "(`bench/lab/ptxcpu`). No figure is a time, but for those of the fused linear losses on a "
-        "CPU. What was tried, and why it did or did not pay, is in [NOTES.md]"
-        "(NOTES.md).",
+        "(`bench/lab/ptxcpu`). No figure is a time of a GPU; those of the fused linear losses and "
+        "of the PyTorch backend are times of a CPU. What was tried, and why it did or did not pay, "
+        "is in [NOTES.md](NOTES.md).",
         table(
             ("section", "command", "date", *versions),
             [
@@ -68,45 +62,6 @@ def render() -> str:
     return "\n\n".join(part.strip() for part in parts) + "\n"
 
 
-def summary() -> str:
-    """The table in README.md: what a forward and backward costs, beside the peers."""
-    instructions, operators, floors = (
-        load(name)["data"] for name in ("instructions", "operators", "floor")
-    )
-    kernels = {
-        case.get("peer") or case["loss"]: [
-            kernel for name, kernel in case["kernels"].items() if "peer" in case or name in SEPARATE
-        ]
-        for case in (*instructions["ours"], *instructions["peers"])
-        if case["target"] == MAIN_TARGET
-        and case.get("dtype", "bf16") == "bf16"
-        and MAIN_VOCABULARY in case["vocabularies"]
-    }
-    measured = {peer.name for peer in PEERS}
-    rows = []
-    for subject in sorted(operators["subjects"], key=lambda s: (s["computes"], s["bytes"])):
-        name, computes = subject["name"], subject["computes"]
-        if name not in measured or computes not in ("adaptive_kl", "forward_kl"):
-            continue
-        is_ours = name == computes
-        executed = work(kernels.get(name, ()), floors["scans"]["1"]).instructions
-        only_kernels = subject["bytes_in_kernels"] > 0.99 * subject["bytes"]
-        rows.append(
-            (
-                f"**akl_triton {name}**" if is_ours else name,
-                computes,
-                f"{subject['bytes']:.1f}",
-                f"{executed:.1f}" if only_kernels else "",
-                f"{subject['temporaries']:.1f}",
-            )
-        )
-    return table(
-        ("loss", "computes", "bytes moved", "instructions", "bytes of temporaries"), rows, texts=2
-    )
-
-
 def write() -> None:
-    """Write RESULTS.md, and the table into README.md."""
+    """Write RESULTS.md."""
     DOCUMENT.write_text(render(), encoding="utf-8")
-    readme = README.read_text("utf-8")
-    README.write_text(SUMMARY.sub(lambda _: f"\n{summary()}\n\n", readme), encoding="utf-8")
