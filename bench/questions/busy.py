@@ -1,4 +1,4 @@
-"""Does the time of the PyTorch backend fall off a cliff on this CPU?
+"""`python -m bench busy`: does the time of the PyTorch backend fall off a cliff on this CPU?
 
     neighbours   all threads compared with one, alone and with a busy process on every core but one
     slices       slices of sequences compared with the same rows made contiguous
