@@ -36,7 +36,7 @@ from .rows import STATS, damping, power_of_two, room
 
 # The fp32 sum of dW, 8 V H bytes read and written once a chunk, should cost little beside the
 # products, 8 V H flops a token or more: a chunk wants thousands of tokens where a machine does 200
-# flops in the time of a byte (a GPU), and a hundred where it does 10. See bench/linear.py.
+# flops in the time of a byte (a GPU), and a hundred where it does 10: `python -m bench linear`.
 CHUNK_BYTES = {"cpu": 2**28}
 CHUNK_BYTES_ELSEWHERE = 2**30
 # What is written of fp16 gradients leaves so much room for their sums over the vocabulary.

@@ -1,1 +1,1 @@
-"""Evidence without a GPU: the PTX executor, the offline compiler, the SASS analyser."""
+"""What the losses cost, and how we know: see README.md."""

@@ -240,7 +240,7 @@ def forward(
             ds_ptr=gradient,
             upstream_ptr=upstream,
             stride_upstream=0 if upstream is None else upstream.stride(0),
-            rate=student_logit_scale / temperature,
+            rate=_fp32(student_logit_scale / temperature),
             **maps,
             mu=mu,
             weight=0.0 if weight is None else weight,
@@ -320,9 +320,14 @@ def _maps(
         ("t", teacher_softcap, teacher_logit_scale),
         ("s", student_softcap, student_logit_scale),
     ):
-        arguments[f"scale_{side}"] = LOG2E * (softcap or logit_scale) / temperature
-        arguments[f"gain_{side}"] = None if softcap is None else logit_scale / softcap
+        arguments[f"scale_{side}"] = _fp32(LOG2E * (softcap or logit_scale) / temperature)
+        arguments[f"gain_{side}"] = None if softcap is None else _fp32(logit_scale / softcap)
     return arguments
+
+
+def _fp32(number: float) -> float:
+    """A positive number, or 2^126, of which twice is a number of fp32, too."""
+    return min(number, 2.0**126)
 
 
 def _addressing(student, teacher, gradient) -> dict:

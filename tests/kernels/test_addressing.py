@@ -116,3 +116,9 @@ def test_rescale_leaves_rows_of_factor_one_alone(device: torch.device) -> None:
     expected = (rows.float() * factor[:, None]).bfloat16()
     pipeline.rescale(rows, factor)
     assert torch.equal(rows, expected)
+
+
+def test_factors_of_a_tiny_temperature_are_numbers_of_fp32():
+    """Triton refuses a float argument that fp32 cannot hold, with an error about packing bytes."""
+    maps = pipeline._maps(1e-30, None, 1e-30, 1e20, 1e20)
+    assert all(0.0 < factor <= 2.0**126 for factor in maps.values() if factor is not None)
