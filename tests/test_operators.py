@@ -39,7 +39,10 @@ def test_opcheck(backend: Backend, device: torch.device, masked: bool) -> None:
         (ops.divergence, (*inputs, *rule)),
         (ops.divergence, (leaf, teacher, counted, *rule)),
         (ops.divergence_backward, (upstream, *inputs, state, *of_backward)),
-        (ops.divergence_with_gradient, (*inputs, upstream[:1].expand(6), *rule)),
+        (
+            ops.divergence_with_gradient,
+            (*inputs, upstream[:1].expand(6), *RULE, masked, masked, backend),  # damped if masked
+        ),
         (ops.rescale, (student[0].clone(), upstream[:3], backend)),
     ]
     for operator, arguments in calls:
