@@ -519,7 +519,7 @@ def linear_divergence(*inputs):  # type: ignore[no-untyped-def]
     """(loss [] or [N] fp32, stats [N, 6] or [0, 6] fp32, dampings, gradients of the summed loss).
 
     The gradients are [N, H_s], [V_s, H_s] and [V_s], or [0] where the forward pass gives none. In
-    fp16 they still have to be multiplied by `_rest`; dampings [N] are [0] elsewhere."""
+    fp16 they still have to be multiplied by `_rests`; dampings [N] are [0] elsewhere."""
     sides, counted, factor, rule, plan, per_token, with_stats = _unpack(inputs)
     loss, *rest = _sweep(sides, counted, factor, rule, _now(plan, per_token), with_stats)
     return (loss if per_token else loss.sum(), *rest)
