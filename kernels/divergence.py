@@ -18,10 +18,11 @@ from .rows import (
     LOWEST,
     UNROLL,
     edge_block,
-    full_blocks_end,
+    edge_count,
     load_edge,
     load_full,
     rounded_sum,
+    row_base,
     scaled,
 )
 
@@ -54,7 +55,7 @@ def next_above(x):
 def row_divergence(
     t_row, s_row, lead, end_t, end_s,
     scale_t, gain_t, scale_s, gain_s,  # of `scaled`
-    reference_t, z_t, reference_s, z_s,  # of stage A
+    reference_t, z_t, reference_s, z_s, full_end,  # of stage A
     crossing, k, cut,  # of stage R
     weight,  # w where there is no head
     HAS_HEAD: tl.constexpr, STABLE: tl.constexpr,
@@ -71,7 +72,6 @@ def row_divergence(
     ratio = tl.exp2(-shift)
     above_crossing = next_above(crossing)
 
-    full_end = full_blocks_end(end_t, end_s, BLOCK)
     blocks = tl.cdiv(tl.maximum(end_t, end_s), BLOCK)
     fkl = 0.0
     rkl = 0.0
@@ -123,13 +123,15 @@ def row_divergence(
                     if not STABLE:
                         sum_ties += tl.where(t == crossing, distance, 0.0)
                         count_ties += (t == crossing).to(tl.float32)
-        for edge in range(0, 1 + tl.maximum(blocks - full_end, 0)):
+        base_t = row_base(t_row, lead, end_t, gain_t, full_end, BLOCK)
+        base_s = row_base(s_row, lead, end_s, gain_s, full_end, BLOCK)
+        for edge in range(0, edge_count(full_end, blocks)):
             block = edge_block(edge, full_end)
             offsets = block * BLOCK + columns
             t = load_edge(t_row, offsets, lead, end_t)
             s = load_edge(s_row, offsets, lead, end_s)
-            log_p = scaled(t, scale_t, gain_t, lse_t)
-            log_q = scaled(s, scale_s, gain_s, lse_s)
+            log_p = scaled(t, scale_t, gain_t, lse_t, base_t)
+            log_q = scaled(s, scale_s, gain_s, lse_s, base_s)
             p = tl.exp2(log_p)
             q = tl.exp2(log_q)
             kept = (t > float("-inf")) & (s > float("-inf"))
@@ -164,7 +166,7 @@ def row_divergence(
         if tl.abs(fkl) + tl.abs(rkl) < float("inf"):
             sweeps = 0
         elif sweeps > 0:
-            full_end = 1
+            full_end = tl.minimum(full_end, 1)
 
     if HAS_HEAD:
         if STABLE:
@@ -172,9 +174,11 @@ def row_divergence(
             offsets = cut // BLOCK * BLOCK + columns
             t = load_edge(t_row, offsets, lead, end_t)
             s = load_edge(s_row, offsets, lead, end_s)
+            base_t = row_base(t_row, lead, end_t, gain_t, full_end, BLOCK)
+            base_s = row_base(s_row, lead, end_s, gain_s, full_end, BLOCK)
             distance = tl.abs(
-                tl.exp2(scaled(t, scale_t, gain_t, lse_t))
-                - ratio * tl.exp2(scaled(s, scale_s, gain_s, lse_s))
+                tl.exp2(scaled(t, scale_t, gain_t, lse_t, base_t))
+                - ratio * tl.exp2(scaled(s, scale_s, gain_s, lse_s, base_s))
             )
             g_head += tl.sum(tl.where((t == crossing) & (offsets < cut), distance, 0.0), axis=0)
         else:
@@ -187,6 +191,7 @@ def row_divergence(
         size = float("nan")
     kept_p = 1.0 - factor_t * dropped_p
     kept_q = 1.0 - factor_s * dropped_q
-    fkl = LN2 * (factor_t * fkl + shift * kept_p)  # the sweep's u lacks the shift
-    rkl = -LN2 * (factor_s * rkl + shift * kept_q)
+    # The sweep's u lacks the shift. LN2 first: a sum next to the largest number stays finite.
+    fkl = LN2 * factor_t * fkl + LN2 * shift * kept_p
+    rkl = -(LN2 * factor_s * rkl + LN2 * shift * kept_q)
     return fkl, rkl, weight, factor_t * gap, size, kept_p, kept_q, full_end

@@ -14,18 +14,28 @@ import triton.language as tl
 
 from .divergence import LN2, normalisers
 from .rows import (
+    LARGEST,
     LOWEST,
     UNROLL,
     block_offsets,
     edge_block,
+    edge_count,
+    held,
     load_edge,
     load_full,
+    rounded_sum,
+    row_base,
     scaled,
     softcap_slope,
 )
 
 # The last time that a row is used: the L2 may drop it before rows that are swept again.
 DONE = tl.constexpr("evict_first")
+# Coefficients are held here, so that no sum of two terms is infinite where its factor q is 0; rows
+# that have larger ones than COEFFICIENT_LIMIT are written by the edge block's code, which holds the
+# gradient, too. They come of a tiny T and of rows that share no token.
+LARGEST_COEFFICIENT = tl.constexpr(2.0**125)
+COEFFICIENT_LIMIT = tl.constexpr(2.0**64)
 
 
 @triton.jit
@@ -39,7 +49,29 @@ def gradient_coefficients(
     student = factor_s * rate
     slope = -rest * LN2 * student
     offset = (common + rest - rest * LN2 * shift) * student
-    return lse_t, lse_s, slope, offset, weight * factor_t * rate, common * student
+    return (
+        lse_t,
+        lse_s,
+        held(slope, LARGEST_COEFFICIENT),
+        held(offset, LARGEST_COEFFICIENT),
+        held(weight * factor_t * rate, LARGEST_COEFFICIENT),
+        held(common * student, LARGEST_COEFFICIENT),
+    )
+
+
+@triton.jit
+def _lifted(lse_t, lse_s, slope, offset, teacher, lost):
+    """The same gradient from 2^k p and 2^k q, with k so that no finite u makes slope u infinite,
+    which q = 0 would turn into NaN; 0 where |slope| < 3/4."""
+    bits = (slope * 1.3333334).to(tl.int32, bitcast=True)
+    k = tl.maximum(((bits >> 23) & 0xFF) - 126, 0).to(tl.float32)
+    lse_t, rest_t = rounded_sum(lse_t, -k)
+    lse_s, rest_s = rounded_sum(lse_s, -k)
+    teacher *= tl.exp2(-k) * tl.exp2(-rest_t)
+    student = tl.exp2(-k) * tl.exp2(-rest_s)
+    slope *= student
+    offset = offset * student + slope * (rest_s - rest_t)
+    return lse_t, lse_s, slope, offset, teacher, lost * student
 
 
 @triton.jit
@@ -54,7 +86,7 @@ def row_gradient(
     ds_row,  # gradient of the row, offset 0; may be s_row
     t_row, s_row, lead, end_t, end_s,
     scale_t, gain_t, scale_s, gain_s,  # of `scaled`
-    full_end,
+    full_end,  # of stage B
     lse_t, lse_s, slope, offset, teacher, lost,
     REVERSE: tl.constexpr,
     S_ALIGNED: tl.constexpr,
@@ -62,6 +94,16 @@ def row_gradient(
 ):  # fmt: skip
     """Write ds of one row; blocks 1 .. full_end-1 are finite on both sides."""
     columns = tl.arange(0, BLOCK)
+    slope = held(slope, LARGEST_COEFFICIENT)
+    offset = held(offset, LARGEST_COEFFICIENT)
+    teacher = held(teacher, LARGEST_COEFFICIENT)
+    lost = held(lost, LARGEST_COEFFICIENT)
+    moderate = (tl.abs(slope) < COEFFICIENT_LIMIT) & (tl.abs(offset) < COEFFICIENT_LIMIT)
+    full_end = tl.where(moderate, full_end, tl.minimum(full_end, 1))
+    if REVERSE:
+        lse_t, lse_s, slope, offset, teacher, lost = _lifted(
+            lse_t, lse_s, slope, offset, teacher, lost
+        )
     # Loads stay behind the stores before them (ds may be s): a longer turn takes no registers.
     for block in tl.range(1, full_end, loop_unroll_factor=2 * UNROLL):
         t = load_full(t_row, block, True, BLOCK, DONE)
@@ -76,17 +118,19 @@ def row_gradient(
             ds *= softcap_slope(s, gain_s)
         ds = ds.to(ds_row.dtype.element_ty)
         tl.store(ds_row + block_offsets(block, BLOCK), ds, eviction_policy=DONE)
-    for edge in range(0, 1 + tl.maximum(tl.cdiv(end_s, BLOCK) - full_end, 0)):
+    base_t = row_base(t_row, lead, end_t, gain_t, full_end, BLOCK)
+    base_s = row_base(s_row, lead, end_s, gain_s, full_end, BLOCK)
+    for edge in range(0, edge_count(full_end, tl.cdiv(end_s, BLOCK))):
         offsets = edge_block(edge, full_end) * BLOCK + columns
         t = load_edge(t_row, offsets, lead, end_t)
         s = load_edge(s_row, offsets, lead, end_s)
-        log_p = scaled(t, scale_t, gain_t, lse_t)
-        log_q = scaled(s, scale_s, gain_s, lse_s)
+        log_p = scaled(t, scale_t, gain_t, lse_t, base_t)
+        log_q = scaled(s, scale_s, gain_s, lse_s, base_s)
         q = tl.exp2(log_q)
         kept = (t > float("-inf")) & (s > float("-inf"))
         u = tl.maximum(log_p, LOWEST) - tl.maximum(log_q, LOWEST)
         both = q * (slope * u + offset) - teacher * tl.exp2(log_p)
-        ds = tl.where(kept, both, q * lost)
+        ds = held(tl.where(kept, both, q * lost), LARGEST)
         if gain_s is not None:
             ds *= softcap_slope(s, gain_s)
         inside = (offsets >= lead) & (offsets < end_s)

@@ -22,7 +22,7 @@ evaluating mass() at PIVOTS keys at a time until the two are neighbours. mass() 
 import triton
 import triton.language as tl
 
-from .rows import load_edge, load_full, scaled
+from .rows import capped, load_edge, load_full, scaled
 
 PIVOTS = tl.constexpr(4)
 # mu is exact to a few roundings of fp32, and a head of all the mass would have no boundary.
@@ -91,6 +91,7 @@ def head_boundary(
     z,  # Z_t of stage A
     slots,  # [BLOCK] slot maxima of stage A
     hidden,  # of stage A: no token that is no slot maximum has a larger mass
+    full,  # of stage A: 0 if the row has a base
     mu,
     INCLUSIVE: tl.constexpr,
     STABLE: tl.constexpr,
@@ -102,7 +103,8 @@ def head_boundary(
     dtype: tl.constexpr = t_row.dtype.element_ty
     target = tl.minimum(mu, LARGEST_MU) * z
     top = tl.max(slots, axis=0)
-    top_mass = _mass(top, scale, gain, reference)
+    base = tl.where(full == 0, 0.5 * capped(top, gain), 0.0)
+    top_mass = _mass(top, scale, gain, reference, base)
     crossing = top
     above = 0.0
     reached = top_mass
@@ -110,25 +112,26 @@ def head_boundary(
     alone = (top_mass > 0.5 * z) & crosses(top_mass, target, INCLUSIVE)
     if (z == z) & (alone == 0):
         high = key_of(top, dtype) + 1
-        slot_mass = _mass(slots, scale, gain, reference)
+        slot_mass = _mass(slots, scale, gain, reference, base)
         heavy = slot_mass > hidden
         low = key_of(tl.min(tl.where(heavy, slots, float("inf")), axis=0), dtype)
         known = tl.sum(tl.where(heavy, slot_mass, 0.0), axis=0)
-        suffice = (low < high) & crosses(known, target, INCLUSIVE)
+        suffice = (low < high) & crosses(known, target, INCLUSIVE) & (full > 0)
         if suffice:
             crossing, above, reached = _search(
-                t_row, lead, end_t, scale, gain, reference, z, slots, target, low, high, known,
+                t_row, lead, end_t, scale, gain, base, reference, slots, target, low, high, known,
                 INCLUSIVE, True, dtype, BLOCK,
             )  # fmt: skip
         else:
             low = _lowest_key(dtype)
             if gain is None:  # a softcap lifts all that is below
                 low = tl.maximum(low, key_of(top - DEPTH / scale, dtype) - 1)
+            low = tl.minimum(low, high - 1)  # fp32 goes on below the lowest number of bf16
             crossing, above, reached = _search(
-                t_row, lead, end_t, scale, gain, reference, z, slots, target, low, high, z,
+                t_row, lead, end_t, scale, gain, base, reference, slots, target, low, high, z,
                 INCLUSIVE, False, dtype, BLOCK,
             )  # fmt: skip
-    each = _mass(crossing, scale, gain, reference)
+    each = _mass(crossing, scale, gain, reference, base)
     ties = tl.floor((reached - above) / each + 0.5)
     share = (target - above) / each
     if INCLUSIVE:
@@ -147,9 +150,9 @@ def head_boundary(
 
 
 @triton.jit
-def _mass(x, scale, gain, reference):
+def _mass(x, scale, gain, reference, base=None):
     """Of a logit, in units of Z."""
-    return tl.exp2(scaled(x, scale, gain, reference))
+    return tl.exp2(scaled(x, scale, gain, reference, base))
 
 
 @triton.jit
@@ -161,12 +164,12 @@ def _steepness(scale, gain):
 
 
 @triton.jit
-def _estimate(slots, scale, gain, reference, target, top, BLOCK: tl.constexpr):
+def _estimate(slots, scale, gain, base, reference, target, top, BLOCK: tl.constexpr):
     """Logit at which the slot maxima say that the mass reaches `target`, and the share f of slots
     above it: f near 1 means that they hide most tokens and the estimate is poor.
 
     Bins of a factor of 2^STRIDE go down from the top; the one in which it is reached is halved."""
-    slot_mass = _mass(slots, scale, gain, reference)
+    slot_mass = _mass(slots, scale, gain, reference, base)
     steepness = _steepness(scale, gain)
     high = top  # above it the estimated mass falls short of the target
     mass_above = 0.0
@@ -208,22 +211,22 @@ def _pivots_around(x, distance, dtype: tl.constexpr):
 
 
 @triton.jit
-def _interpolated(low_value, high_value, mass_low, mass_high, target, scale, gain, reference):
+def _interpolated(low_value, high_value, mass_low, mass_high, target, scale, gain, base, reference):
     """Where a straight line between the bracket's ends reaches `target`, and the expected error."""
     width = high_value - low_value
     share = (mass_low - target) / (mass_low - mass_high)
     x = low_value + width * share
-    tokens = (mass_low - mass_high) / _mass(x, scale, gain, reference)
+    tokens = (mass_low - mass_high) / _mass(x, scale, gain, reference, base)
     noise = tl.sqrt(tl.maximum(share * (1.0 - share), 0.02) / tl.maximum(tokens, 1.0))
     return x, width * (CURVATURE + 0.15 * noise)
 
 
 @triton.jit
 def _add_masses(
-    t, mass, pivots, below, above, low_value, high_value, scale, gain, reference, dtype
+    t, mass, pivots, below, above, low_value, high_value, scale, gain, reference, base, dtype
 ):
     """Add a block of logits to the masses at the pivots, and to the logits nearest the bracket."""
-    p = _mass(t, scale, gain, reference)
+    p = _mass(t, scale, gain, reference, base)
     new = ()
     for i in tl.static_range(PIVOTS):
         new = new + (mass[i] + tl.where(t >= pivots[i], p, 0.0),)
@@ -235,7 +238,7 @@ def _add_masses(
 
 @triton.jit
 def _search(
-    t_row, lead, end_t, scale, gain, reference, z, slots, target,
+    t_row, lead, end_t, scale, gain, base, reference, slots, target,
     low, high, mass_low,  # the bracket's keys: mass(low) crosses, mass(high) = 0 does not
     INCLUSIVE: tl.constexpr,
     SLOTS: tl.constexpr,  # sum over the slot maxima, not over the row
@@ -251,9 +254,9 @@ def _search(
     x = value_of(high, dtype)
     if not SLOTS:
         top = tl.max(slots, axis=0)
-        x, saturation = _estimate(slots, scale, gain, reference, target, top, BLOCK)
+        x, saturation = _estimate(slots, scale, gain, base, reference, target, top, BLOCK)
         reach = tl.where(saturation > 0.8, FAR, NEAR) / _steepness(scale, gain)
-    last = end_t // BLOCK
+    last = tl.where(base == 0.0, end_t // BLOCK, 0)
     span = high.to(tl.int64) - low.to(tl.int64)
     while span > 1:
         low_value = value_of(low, dtype)
@@ -265,8 +268,9 @@ def _search(
             distance = reach
             if reach == 0.0:
                 x, distance = _interpolated(
-                    low_value, high_value, mass_low, mass_high, target, scale, gain, reference
-                )
+                    low_value, high_value, mass_low, mass_high, target,
+                    scale, gain, base, reference,
+                )  # fmt: skip
             keys = _pivots_around(x, distance, dtype)
         pivots = ()
         mass = ()
@@ -281,20 +285,20 @@ def _search(
         if SLOTS:
             mass, below, above = _add_masses(
                 slots, mass, pivots, below, above, low_value, high_value,
-                scale, gain, reference, dtype,
+                scale, gain, reference, None, dtype,
             )  # fmt: skip
         else:
             for block in range(1, last):
                 t = load_full(t_row, block, True, BLOCK)
                 mass, below, above = _add_masses(
                     t, mass, pivots, below, above, low_value, high_value,
-                    scale, gain, reference, dtype,
+                    scale, gain, reference, None, dtype,
                 )  # fmt: skip
             for start in range(0, end_t, tl.maximum(last, 1) * BLOCK):
                 t = load_edge(t_row, start + columns, lead, end_t)
                 mass, below, above = _add_masses(
                     t, mass, pivots, below, above, low_value, high_value,
-                    scale, gain, reference, dtype,
+                    scale, gain, reference, base, dtype,
                 )  # fmt: skip
         if dtype == tl.float32:
             # No logit lies between the bracket's ends and these: moving the ends keeps both masses.

@@ -64,25 +64,25 @@ def forward_kernel(
         s_row = row_pointer(s_ptr, row_offset(row, inner, outer_s, inner_s), lead, S_ALIGNED)
         end_t = lead + V_t
         end_s = lead + V_s
-        reference_t, z_t, reference_s, z_s, slots, hidden = row_statistics(
+        reference_t, z_t, reference_s, z_s, slots, hidden, full = row_statistics(
             t_row, s_row, lead, end_t, end_s, scale_t, gain_t, scale_s, gain_s,
             HAS_HEAD, S_ALIGNED, BLOCK,
         )  # fmt: skip
         crossing, mass, k, each, cut = 0.0, float("nan"), float("nan"), 0.0, 0
         if HAS_HEAD:
             crossing, mass, k, each, cut = head_boundary(
-                t_row, lead, end_t, scale_t, gain_t, reference_t, z_t, slots, hidden, mu,
+                t_row, lead, end_t, scale_t, gain_t, reference_t, z_t, slots, hidden, full, mu,
                 INCLUSIVE, STABLE, BLOCK,
             )  # fmt: skip
         forward_kl, reverse_kl, w, gap, size, kept_p, kept_q, full_end = row_divergence(
             t_row, s_row, lead, end_t, end_s, scale_t, gain_t, scale_s, gain_s,
-            reference_t, z_t, reference_s, z_s,
+            reference_t, z_t, reference_s, z_s, full,
             crossing, k, cut, weight, HAS_HEAD, STABLE, FORWARD, REVERSE, STATS, S_ALIGNED, BLOCK,
         )  # fmt: skip
         loss = 0.0
-        if FORWARD:
+        if FORWARD & (w != 0.0):
             loss += w * forward_kl
-        if REVERSE:
+        if REVERSE & (w != 1.0):
             loss += (1.0 - w) * reverse_kl
         tl.store(loss_ptr + row, loss)
         if STATS:
@@ -162,8 +162,9 @@ def backward_kernel(
         # The forward found its own blocks finite, which may have been narrower; if they were wider,
         # several of these lie in its block 0, where anything may stand.
         forward_block = tl.load(state + 7).to(tl.int32)
-        full_end = tl.load(state + 6).to(tl.int32) * forward_block // BLOCK
-        full_end = tl.where(forward_block <= BLOCK, tl.maximum(full_end, 1), 1)
+        forward_end = tl.load(state + 6).to(tl.int32)
+        full_end = tl.where(forward_block <= BLOCK, forward_end * forward_block // BLOCK, 1)
+        full_end = tl.where(forward_end == 0, 0, tl.maximum(full_end, 1))
         row_gradient(
             row_pointer(ds_ptr, row_offset(row, inner, outer_ds, inner_ds), lead, DS_ALIGNED),
             row_pointer(t_ptr, offset_t, lead, True),

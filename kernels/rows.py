@@ -7,6 +7,8 @@ lead + i, and 0 <= lead < 8 makes offset 0 aligned (V = 50,257 puts 7 rows of 8 
     block    0        1 .. full-1     full .. blocks-1
     kind     edge     full            edge
              masked   no mask         masked, and one side's extra vocabulary
+
+full = 0 marks a row that has a base (`row_base`); like full = 1, it makes every block an edge.
 """
 
 import triton
@@ -15,8 +17,13 @@ import triton.language as tl
 # Rows whose sum of exponentials exceeds this are summed again from their true maximum: it keeps the
 # arguments of exp2 below 20 + log2(V), where their rounding is harmless, and far from overflow.
 SUM_LIMIT = tl.constexpr(2.0**20)
+# Rows whose largest scaled logit exceeds this have it taken off before they are scaled, as
+# `row_base`: the rounding of so large a reference would show, and then overflow.
+REFERENCE_LIMIT = tl.constexpr(2.0**22)
 # Finite logits so negative that scaling makes them -inf are held here, to keep 0 * u finite.
-LOWEST = tl.constexpr(-1.0e37)
+LOWEST = tl.constexpr(-(2.0**127))
+# The largest number of bf16, so that it is finite in every dtype of that range.
+LARGEST = tl.constexpr(3.3895313892515355e38)
 # Full blocks a turn of a loop: the loop's own instructions are shared and more loads are in flight.
 UNROLL = tl.constexpr(4)
 
@@ -45,7 +52,13 @@ def full_blocks_end(end_t, end_s, BLOCK: tl.constexpr):
 @triton.jit
 def edge_block(i, full):
     """The i-th edge block: 0, full, full + 1, ..."""
-    return tl.where(i == 0, 0, full + i - 1)
+    return tl.where(i == 0, 0, tl.maximum(full, 1) + i - 1)
+
+
+@triton.jit
+def edge_count(full, blocks):
+    """How many edge blocks a row has."""
+    return 1 + tl.maximum(blocks - tl.maximum(full, 1), 0)
 
 
 @triton.jit
@@ -81,14 +94,45 @@ def load_edge(row_ptr, offsets, lead, end):
 
 
 @triton.jit
-def scaled(x, scale, gain, reference):
+def row_max(row, lead, end, BLOCK: tl.constexpr):
+    """max_i x_i."""
+    columns = tl.arange(0, BLOCK)
+    best = tl.full((BLOCK,), float("-inf"), tl.float32)
+    for start in range(0, end, BLOCK):
+        best = tl.maximum(best, load_edge(row, start + columns, lead, end))
+    return tl.max(best, axis=0)
+
+
+@triton.jit
+def row_base(row, lead, end, gain, full, BLOCK: tl.constexpr):
+    """Half the largest logit of a row whose `full` is 0, else 0. It is found anew where it is
+    needed: kept, it would take a register in the loops of all other rows."""
+    base = 0.0
+    if full == 0:
+        base = 0.5 * capped(row_max(row, lead, end, BLOCK), gain)
+    return base
+
+
+@triton.jit
+def scaled(x, scale, gain, reference, base=None):
     """scale x - reference, or scale tanh(gain x) - reference where the logits have a softcap.
 
     One rounding: left to itself, the compiler fuses it or does not. `gain` is None without a
-    softcap. Infinities stay, so that a forbidden token has no probability."""
+    softcap. `base` is that of `row_base`, and None in full blocks, of which rows with a base have
+    none."""
+    x = capped(x, gain)
+    if base is not None:  # in halves: the largest number less the lowest would be infinite
+        x = tl.fma(x, 0.5, -base)
+        scale = 2.0 * scale
+    return tl.fma(x, scale, -reference)
+
+
+@triton.jit
+def capped(x, gain):
+    """x, or tanh(gain x); infinities stay, so that a forbidden token has no probability."""
     if gain is not None:
         x = tl.where(tl.abs(x) == float("inf"), x, _tanh(x * gain))
-    return tl.fma(x, scale, -reference)
+    return x
 
 
 @triton.jit
@@ -126,3 +170,9 @@ def rounded_sum(a, b):
     b_part = total - a
     a_part = total - b_part
     return total, (a - a_part) + (b - b_part)
+
+
+@triton.jit
+def held(x, limit):
+    """x between -limit and limit; NaN stays."""
+    return tl.where(x > limit, limit, tl.where(x < -limit, -limit, x))

@@ -5,13 +5,27 @@
     hidden = max_j (mass of slot j - mass of slots[j])   no token that is no maximum is heavier
 
 The reference is the first block's maximum, fixed before the sweep, so that no accumulator is ever
-rescaled; a row whose sum outgrows it is summed again from its true maximum.
+rescaled; a row whose sum outgrows it is summed again from its true maximum. Where that is so large
+that its rounding would show, it is taken off the logits first (`row_base`), in edge blocks only:
+such a row has no full ones, in this stage or the next.
 """
 
 import triton
 import triton.language as tl
 
-from .rows import SUM_LIMIT, UNROLL, edge_block, full_blocks_end, load_edge, load_full, scaled
+from .rows import (
+    REFERENCE_LIMIT,
+    SUM_LIMIT,
+    UNROLL,
+    edge_block,
+    edge_count,
+    full_blocks_end,
+    load_edge,
+    load_full,
+    row_base,
+    row_max,
+    scaled,
+)
 
 # A sum of fp32 of some hundred terms, and what may have been lost of it.
 SUM_SLACK = tl.constexpr(1.0 + 2.0**-14)
@@ -29,12 +43,13 @@ def row_statistics(
     S_ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """(reference_t, Z_t, reference_s, Z_s, slots [BLOCK], hidden)
+    """(reference_t, Z_t, reference_s, Z_s, slots [BLOCK], hidden, full)
 
-    Z is NaN for a row that is not valid."""
+    Z is NaN for a row that is not valid. Blocks 1 .. full-1 are full ones; full = 0 if the row has
+    a base, on both sides."""
     columns = tl.arange(0, BLOCK)
     full = full_blocks_end(end_t, end_s, BLOCK)
-    edges = 1 + tl.maximum(tl.cdiv(tl.maximum(end_t, end_s), BLOCK) - full, 0)
+    blocks = tl.cdiv(tl.maximum(end_t, end_s), BLOCK)
 
     first_t = tl.max(load_edge(t_row, columns, lead, end_t), axis=0)
     first_s = tl.max(load_edge(s_row, columns, lead, end_s), axis=0)
@@ -55,33 +70,36 @@ def row_statistics(
             sum_s += tl.exp2(scaled(s, scale_s, gain_s, reference_s))
             if SLOTS:
                 slots = tl.maximum(slots, t)
-        for edge in range(0, edges):
+        base_t = row_base(t_row, lead, end_t, gain_t, full, BLOCK)
+        base_s = row_base(s_row, lead, end_s, gain_s, full, BLOCK)
+        for edge in range(0, edge_count(full, blocks)):
             offsets = edge_block(edge, full) * BLOCK + columns
             t = load_edge(t_row, offsets, lead, end_t)
             s = load_edge(s_row, offsets, lead, end_s)
-            sum_t += tl.exp2(scaled(t, scale_t, gain_t, reference_t))
-            sum_s += tl.exp2(scaled(s, scale_s, gain_s, reference_s))
+            sum_t += tl.exp2(scaled(t, scale_t, gain_t, reference_t, base_t))
+            sum_s += tl.exp2(scaled(s, scale_s, gain_s, reference_s, base_s))
             if SLOTS:
                 slots = tl.maximum(slots, t)
         z_t = tl.sum(sum_t, axis=0)
         z_s = tl.sum(sum_s, axis=0)
         if SLOTS:
-            maxima = tl.exp2(scaled(slots, scale_t, gain_t, reference_t))
+            maxima = tl.exp2(scaled(slots, scale_t, gain_t, reference_t, base_t))
             hidden = tl.max(sum_t * SUM_SLACK - maxima, axis=0)
         sweeps -= 1
-        if (z_t < SUM_LIMIT) & (z_s < SUM_LIMIT):  # false for NaN
+        fits = (z_t < SUM_LIMIT) & (z_s < SUM_LIMIT)  # false for NaN
+        if fits & _moderate(reference_t, reference_s):
             sweeps = 0
         elif sweeps > 0:
-            reference_t = scaled(_row_max(t_row, lead, end_t, BLOCK), scale_t, gain_t, 0.0)
-            reference_s = scaled(_row_max(s_row, lead, end_s, BLOCK), scale_s, gain_s, 0.0)
-    return reference_t, z_t, reference_s, z_s, slots, tl.maximum(hidden, 0.0)
+            reference_t = scaled(row_max(t_row, lead, end_t, BLOCK), scale_t, gain_t, 0.0)
+            reference_s = scaled(row_max(s_row, lead, end_s, BLOCK), scale_s, gain_s, 0.0)
+            if _moderate(reference_t, reference_s) == 0:
+                reference_t = 0.0
+                reference_s = 0.0
+                full = 0
+    return reference_t, z_t, reference_s, z_s, slots, tl.maximum(hidden, 0.0), full
 
 
 @triton.jit
-def _row_max(row, lead, end, BLOCK: tl.constexpr):
-    """max_i x_i."""
-    columns = tl.arange(0, BLOCK)
-    best = tl.full((BLOCK,), float("-inf"), tl.float32)
-    for start in range(0, end, BLOCK):
-        best = tl.maximum(best, load_edge(row, start + columns, lead, end))
-    return tl.max(best, axis=0)
+def _moderate(reference_t, reference_s):
+    """Whether the rounding of neither reference shows."""
+    return (tl.abs(reference_t) < REFERENCE_LIMIT) & (tl.abs(reference_s) < REFERENCE_LIMIT)
