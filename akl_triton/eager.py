@@ -144,8 +144,8 @@ def backward(
 ) -> None:
     """upstream [N] * dloss/dstudent into out, shaped like student or it itself."""
     student, teacher, by_row = _merged(student), _merged(teacher), _merged(out)
+    temperature, student_map, teacher_map = _rescaled(temperature, student_map, teacher_map)
     maps = student_map, teacher_map
-    temperature = max(temperature, _SMALLEST)
 
     def work(rows: _Rows, spaces: Tensor) -> None:
         s, t = _take(student, rows), _take(teacher, rows)
@@ -180,8 +180,13 @@ def _sweep(
         state=torch.zeros(n, STATE_WIDTH, dtype=torch.float32, device=device),
         stats=torch.zeros(n, len(STATS), dtype=torch.float32, device=device),
     )
-    options = options._replace(temperature=max(options.temperature, _SMALLEST))
-    temperature, maps = options.temperature, (options.student_map, options.teacher_map)
+    temperature, student_map, teacher_map = _rescaled(
+        options.temperature, options.student_map, options.teacher_map
+    )
+    options = options._replace(
+        temperature=temperature, student_map=student_map, teacher_map=teacher_map
+    )
+    maps = student_map, teacher_map
 
     def work(rows: _Rows, spaces: Tensor) -> None:
         s, t = _take(student, rows), _take(teacher, rows)
@@ -197,7 +202,7 @@ def _sweep(
             g = upstream[rows]
             if damped:
                 g = g / damping(loss.squeeze(-1))
-            _write_gradient(chunk, slope, kept, g, s, maps[0], temperature, by_row, rows)
+            _write_gradient(chunk, slope, kept, g, s, student_map, temperature, by_row, rows)
 
     _for_each_chunk(work, student, teacher, counted)
     for rows_of in result:
@@ -205,6 +210,25 @@ def _sweep(
     if by_row is not None:
         _clear_uncounted(by_row, counted)
     return result
+
+
+def _rescaled(
+    temperature: float, student_map: LogitMap, teacher_map: LogitMap
+) -> tuple[float, LogitMap, LogitMap]:
+    """The same losses with T < 2: both sides' logits are divided by a power of two."""
+    temperature = max(temperature, _SMALLEST)
+    power = _power_of_two(min(max(temperature, 1.0), _HUGE))
+
+    def divided(logit_map: LogitMap) -> LogitMap:
+        softcap, scale = logit_map
+        return LogitMap(None if softcap is None else softcap / power, scale / power)
+
+    return temperature / power, divided(student_map), divided(teacher_map)
+
+
+def _power_of_two(x: float) -> float:
+    """The largest power of two that is not above x."""
+    return math.ldexp(1.0, math.frexp(x)[1] - 1)
 
 
 def _for_each_chunk(
@@ -329,12 +353,14 @@ def _below_maximum(x: Tensor, maximum: Tensor, logit_map: LogitMap, out: Tensor)
     """The logits of x [R, V], less that of `maximum` [R, 1], into out [R, V] fp32."""
     softcap, scale = logit_map
     if softcap is None:
-        torch.sub(x, maximum, out=out)
-        if scale != 1.0:
-            out.mul_(scale)
+        # Before the difference, which may be beyond fp32; a power of two, which rounds nothing.
+        power = _power_of_two(min(scale, 1.0))
+        torch.add(maximum * -power, x, alpha=power, out=out)
+        if scale != power:
+            out.mul_(scale / power)
         return
     out.copy_(x).mul_(_gain(logit_map)).tanh_().mul_(softcap).sub_(_mapped(maximum, logit_map))
-    out.masked_fill_(x == -torch.inf, -torch.inf).masked_fill_(x == torch.inf, torch.nan)
+    out.masked_fill_(x == -torch.inf, -torch.inf)
 
 
 def _mapped(x: Tensor, logit_map: LogitMap) -> Tensor:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from akl_triton import eager, workers
 from akl_triton.reference import (
@@ -877,3 +878,69 @@ def test_slices_of_sequences_are_taken_in_runs(
         upstream = torch.ones(len(rows[0]))
         eager.backward(upstream, s, t, None, expected.state, temperature=1.0, out=out)
     assert torch.equal(gradients[1].reshape(-1, 40), gradients[0])
+
+
+def test_tokens_that_only_the_student_finds_far_away_are_held() -> None:
+    """A difference of logits of 1e37 where p is 0 and q is 1: over T = 1e-3, beyond fp32."""
+    teacher = torch.full((1, 300), -1e37)
+    teacher[0, 0] = 0.0
+    student = torch.full((1, 300), -1.0)
+    student[0, 1] = 0.0
+    for weight in (None, 0.0, 0.5):
+        options = Options(temperature=1e-3)._asdict()
+        result = eager.forward(student, teacher, None, weight=weight, **options)
+        assert result.loss.isfinite().all()
+        assert result.stats[:, :3].isfinite().all()
+
+
+def test_rows_that_span_more_than_fp32_and_are_scaled_down() -> None:
+    """Logits at both ends of fp32 whose scale or temperature makes them moderate."""
+    ends = torch.tensor([torch.finfo(torch.float32).max, torch.finfo(torch.float32).min, 0.0])
+    teacher, student = ends[[0, 1, 2, 2]][None], ends[[2, 0, 1, 2]][None]
+    for factor in (1e-20, 1e-38):
+        expected = reference_adaptive_kl(
+            student.double() * factor, teacher.double() * factor, weight=0.5
+        )
+        by_scale = LogitMap(scale=factor)
+        for result in (
+            eager.forward(
+                student,
+                teacher,
+                None,
+                weight=0.5,
+                student_map=by_scale,
+                teacher_map=by_scale,
+                **DEFAULTS._asdict(),
+            ),
+            eager.forward(
+                student,
+                teacher,
+                None,
+                weight=0.5,
+                **Options(temperature=1 / factor)._asdict(),
+            ),
+        ):
+            torch.testing.assert_close(result.loss.double(), expected.loss, rtol=2e-6, atol=0)
+
+
+def test_a_sample_that_misleads_costs_few_sweeps() -> None:
+    """Every sampled token is heavy and no other: steps that did not grow would take a hundred."""
+    teacher = torch.zeros(1, 192 * 256)
+    teacher[0, ::192] = 12 - 1e-3 * torch.arange(256)
+    student = torch.randn(1, 192 * 256, generator=generator(0))
+    sweeps = 0
+
+    class Counting(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            nonlocal sweeps
+            if func is torch.ops.aten.ge.Tensor_out:
+                sweeps += args[0].numel() == teacher.numel()
+            return func(*args, **(kwargs or {}))
+
+    with Counting():
+        result = eager.forward(student, teacher, None, weight=None, **DEFAULTS._asdict())
+    expected = reference_adaptive_kl(student, teacher)
+    assert result.stats[0, STATS.index("head_size")] == expected.head_size
+    assert 0 < sweeps <= 12

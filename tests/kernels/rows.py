@@ -82,9 +82,12 @@ def run(
     ties: Ties = "stable",
     weight: float | None = None,
     in_one_launch: bool = False,
+    statistics: bool = True,
     **maps: Any,
 ) -> Output:
-    """Forward and backward of [N, V] logits through the launchers, into outputs full of NaN."""
+    """Forward and backward of [N, V] logits through the launchers, into outputs full of NaN.
+
+    Without `statistics` only the sums that the loss needs are made."""
     n, device = student.shape[0], student.device
     if upstream is None:
         upstream = torch.ones(1, device=device).expand(n)
@@ -99,7 +102,7 @@ def run(
         counted,
         loss,
         None if in_one_launch else state,
-        stats,
+        stats if statistics else None,
         mu=mu,
         temperature=temperature,
         inclusive=head == "inclusive",

@@ -241,3 +241,39 @@ def test_the_same_run_twice_is_bitwise_equal(device: torch.device) -> None:
     first, second = run(student, teacher), run(student, teacher)
     for a, b in zip(first, second, strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+@pytest.mark.parametrize("side", ["student", "teacher"])
+def test_forbidden_tokens_are_noticed_by_either_sum(
+    side: str, weight: float, device: torch.device
+) -> None:
+    """A -inf in a full block, where only one of the KL sums is made."""
+    v = 5000
+    student, teacher = torch.randn(2, 1, v, generator=torch.Generator().manual_seed(0))
+    (student if side == "student" else teacher)[0, 2500] = -torch.inf
+    output = run(student.to(device), teacher.to(device), weight=weight, statistics=False)
+    exact = reference_adaptive_kl(student, teacher, weight=weight)
+    torch.testing.assert_close(output.loss.cpu().double(), exact.loss, rtol=3e-6, atol=0)
+    torch.testing.assert_close(output.gradient.cpu().double(), exact.grad, rtol=0, atol=1e-7)
+
+
+def test_the_rounding_of_a_large_normaliser_is_put_back(device: torch.device) -> None:
+    """An lse of 2e4 is exact to 2^-10 in fp32, which alone would put p off by 7e-4."""
+    noise = torch.randn(2, 2, 3000, generator=torch.Generator().manual_seed(0))
+    teacher = 2 * noise[0] + 2e4
+    student = teacher + noise[1]
+    options: dict[str, Any] = {"temperature": 1.4426950408889634}  # log2 e: products are exact
+    output = run(student.to(device), teacher.to(device), **options)
+    exact = reference_adaptive_kl(student, teacher, **options)
+    for column, expected in ((0, exact.forward_kl), (1, exact.reverse_kl), (5, exact.gap)):
+        ours = output.stats[:, column].cpu().double()
+        torch.testing.assert_close(ours, expected, rtol=5e-6, atol=0)
+
+
+@pytest.mark.parametrize("ties", ["stable", "average"])
+def test_an_inclusive_head_is_never_empty(ties: Ties, device: torch.device) -> None:
+    """A mu that is 0 in fp32 is reached by the first token, and not by none."""
+    student, teacher = torch.randn(2, 2, 300, generator=torch.Generator().manual_seed(0))
+    output = run(student.to(device), teacher.to(device), mu=1e-50, head="inclusive", ties=ties)
+    assert output.stats[:, 4].tolist() == [1.0, 1.0]

@@ -33,11 +33,15 @@ def statistics_kernel(t_ptr, s_ptr, out_ptr, slots_ptr, V, scale, BLOCK: tl.cons
 
 
 @triton.jit
-def head_kernel(t_ptr, slots_ptr, out_ptr, V, scale, reference, z, hidden, mu, BLOCK: tl.constexpr):
+def head_kernel(
+    t_ptr, slots_ptr, out_ptr, V, scale, reference, z, hidden, mu,
+    INCLUSIVE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     slots = tl.load(slots_ptr + tl.arange(0, BLOCK))
     crossing, mass, k, each, cut = head_boundary(
-        t_ptr, 0, V, scale, None, reference, z, slots, hidden, mu, False, True, BLOCK
-    )
+        t_ptr, 0, V, scale, None, reference, z, slots, hidden, mu,
+        INCLUSIVE, True, BLOCK,
+    )  # fmt: skip
     tl.store(out_ptr + 0, crossing)
     tl.store(out_ptr + 1, mass)
     tl.store(out_ptr + 2, k)
@@ -133,6 +137,47 @@ def test_statistics(row: Row, device: torch.device) -> None:
         assert abs(reference.double().cpu() + z.double().cpu().log2() - lse) < 1e-6
 
 
+def statistics_of(teacher: torch.Tensor, student: torch.Tensor) -> list[float]:
+    """(reference_t, Z_t, reference_s, Z_s, hidden) of two rows whose logits are to base 2."""
+    out = torch.full((5,), torch.nan, device=teacher.device)
+    slots = torch.full((BLOCK,), torch.nan, device=teacher.device)
+    statistics_kernel[(1,)](teacher, student, out, slots, V, 1.0, BLOCK=BLOCK)
+    return out.tolist()
+
+
+def test_sums_that_outgrow_the_first_maximum_are_made_anew(device: torch.device) -> None:
+    """From each side's true maximum, wherever that is: sums stay far from fp32's largest number."""
+    late = torch.zeros(V, device=device)
+    late[2000:] = 40.0
+    early = torch.zeros(V, device=device)
+    early[3] = 200.0
+    reference_t, z_t, reference_s, z_s, _ = statistics_of(late, early)
+    assert (reference_t, z_t) == (40.0, V - 2000)
+    assert (reference_s, z_s) == (200.0, 1.0)
+
+
+def test_a_token_lost_in_the_rounding_of_its_slot_is_hidden(device: torch.device) -> None:
+    """1 + 2^-25 is 1 in fp32: the bound of what a slot hides allows for that."""
+    row = torch.full((V,), -60.0, device=device)
+    row[5], row[5 + BLOCK] = 0.0, -25.0
+    reference, *_, hidden = statistics_of(row, row)
+    assert reference == 0.0
+    assert hidden >= 2.0**-25
+
+
+def test_slots_as_heavy_as_a_hidden_token_do_not_suffice(device: torch.device) -> None:
+    """Two tokens of mass 1/4, one of them hidden behind a token of 1/2, are seen as ties."""
+    teacher = torch.full((V,), -torch.inf, device=device)
+    teacher[0], teacher[1], teacher[BLOCK] = 0.0, -1.0, -1.0
+    slots = torch.full((BLOCK,), -torch.inf, device=device)
+    slots[0], slots[1] = 0.0, -1.0
+    out = torch.full((5,), torch.nan, device=device)
+    head_kernel[(1,)](teacher, slots, out, V, 1.0, 0.0, 2.0, 0.5, 0.7, INCLUSIVE=True, BLOCK=BLOCK)
+    crossing, mass, k, each, cut = out.tolist()
+    assert (crossing, mass, k, each) == (-1.0, 0.5, 1.0, 0.25)
+    assert cut == 2  # and not behind the other
+
+
 @pytest.mark.parametrize("slots_suffice", [False, True])
 @pytest.mark.parametrize("temperature", [0.25, 1.0, 2.0, 4.0])
 def test_head(temperature: float, slots_suffice: bool, device: torch.device, mode: str) -> None:
@@ -145,7 +190,7 @@ def test_head(temperature: float, slots_suffice: bool, device: torch.device, mod
     out = torch.full((5,), torch.nan, device=device)
     head_kernel[(1,)](
         row.teacher, row.slots, out, V, row.scale, row.reference_t, row.z_t,
-        row.hidden if slots_suffice else row.z_t, 0.5, BLOCK=BLOCK,
+        row.hidden if slots_suffice else row.z_t, 0.5, INCLUSIVE=False, BLOCK=BLOCK,
     )  # fmt: skip
     crossing, mass, k, each, cut = out.tolist()
     if k == 0:  # the oracle's last head token then stands above the crossing logit
