@@ -1,0 +1,35 @@
+"""The files that a forge and its tools read: they parse, and say what CONTRIBUTING.md says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+yaml = pytest.importorskip("yaml")
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def load(name: str) -> Any:
+    return yaml.safe_load((ROOT / name).read_text("utf-8"))
+
+
+def test_the_workflow_is_ci_run() -> None:
+    (job,) = load(".github/workflows/ci.yml")["jobs"].values()
+    assert [step["run"] for step in job["steps"] if "run" in step] == [".ci/run"]
+
+
+@pytest.mark.parametrize("name", ["bug", "feature"])
+def test_issues_ask_for_the_environment(name: str) -> None:
+    fields = {field["id"]: field for field in load(f".github/ISSUE_TEMPLATE/{name}.yml")["body"]}
+    assert "akl-triton env --json" in fields["env"]["attributes"]["label"]
+
+
+def test_commits_are_checked_by_the_tools_of_the_makefile() -> None:
+    (local,) = load(".pre-commit-config.yaml")["repos"]
+    makefile = (ROOT / "Makefile").read_text("utf-8")
+    entries = [hook["entry"].replace(" --fix", "") for hook in local["hooks"]]
+    assert len(entries) == 3
+    for entry in entries:
+        assert entry.replace(".venv/bin/", "$(BIN)/") in makefile
