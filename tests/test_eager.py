@@ -941,8 +941,13 @@ def test_a_sample_that_misleads_costs_few_sweeps(top: float) -> None:
                 sweeps += args[0].numel() == teacher.numel()
             return func(*args, **(kwargs or {}))
 
-    with Counting():
-        result = eager.forward(student, teacher, None, weight=None, **DEFAULTS._asdict())
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # other threads would not be counted
+    try:
+        with Counting():
+            result = eager.forward(student, teacher, None, weight=None, **DEFAULTS._asdict())
+    finally:
+        torch.set_num_threads(threads)
     expected = reference_adaptive_kl(student, teacher)
     assert result.stats[0, STATS.index("head_size")] == expected.head_size
     assert 0 < sweeps <= 12
