@@ -275,6 +275,7 @@ def backward(
     teacher_logit_scale: float = 1.0,
 ) -> None:
     """Launch C."""
+    softcap = student_softcap or teacher_softcap
     maps = _maps(
         temperature, student_softcap, teacher_softcap, student_logit_scale, teacher_logit_scale
     )
@@ -291,7 +292,7 @@ def backward(
             REVERSE=reverse,
             HAS_MASK=counted is not None,
             **_addressing(student, teacher, gradient),
-            **_registers("gradient"),
+            **_registers("gradient" if softcap is None else "gradient with a softcap"),
         )
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import akl_triton
 from akl_triton.reference import reference_adaptive_kl
 from tests.kernels.conftest import INTERPRETER
 from tests.kernels.rows import run
@@ -98,10 +99,33 @@ def test_masked_and_equal_rows_are_those_of_the_oracle(
         assert (off <= allowed)[known].all(), (off, allowed)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_both_backends_agree(dtype: torch.dtype, device: torch.device) -> None:
+    names, student, teacher = extreme_rows(dtype)
+    if INTERPRETER:
+        names = list(EXACT)
+        student, teacher = student[: len(names)], teacher[: len(names)]
+    for temperature in TEMPERATURE:
+        options: dict[str, Any] = {"temperature": temperature}
+        kernels = run(student.to(device), teacher.to(device), **options)
+        leaf = student.clone().requires_grad_()
+        loss, stats = akl_triton.adaptive_kl(
+            leaf, teacher, reduction="none", return_stats=True, backend="torch", **options
+        )
+        loss.sum().backward()
+        assert leaf.grad is not None and leaf.grad.isfinite().all()
+        assert kernels.gradient.isfinite().all()
+        of_weight = (3e-7 / stats.gap.double()).clamp(max=1.0)  # w is a quotient by the gap
+        sums = stats.forward_kl.double().abs() + stats.reverse_kl.double().abs()
+        off = (kernels.loss.cpu().double() - loss.detach().double()).abs()
+        excess = off / (1e-6 + (2e-6 + of_weight) * sums)
+        assert excess.max() < 1, f"{names[int(excess.argmax())]}, T {temperature}: {off}"
+
+
 @pytest.mark.parametrize("softcap", [1e-30, 1e30] if INTERPRETER else [30.0])
 def test_softcaps_of_huge_logits(softcap: float, device: torch.device) -> None:
     _, student, teacher = extreme_rows(torch.bfloat16)
-    maps = {"student_softcap": softcap, "teacher_softcap": softcap}
+    maps: dict[str, Any] = {"student_softcap": softcap, "teacher_softcap": softcap}
     for temperature in TEMPERATURE:
         output = run(student.to(device), teacher.to(device), temperature=temperature, **maps)
         assert all(x.isfinite().all() for x in output), f"T {temperature}"
