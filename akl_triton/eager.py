@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from . import workers
-from .rows import STATE_WIDTH, STATS, LogitMap, RowResult, damping
+from .kernels.layout import STATE_WIDTH, STATISTICS
+from .rows import LogitMap, RowResult, damping
 
 # Budget for the temporaries of a call; at least one row is taken.
 TEMPORARY_BYTES = 64 * 2**20
@@ -71,11 +72,11 @@ class _Slope(NamedTuple):
 
 
 class _RowStats(NamedTuple):
-    """Each [R, 1] fp32, in the order of STATS."""
+    """Each [R, 1] fp32, in the order of STATISTICS."""
 
     forward_kl: Tensor
     reverse_kl: Tensor
-    head_weight: Tensor
+    forward_weight: Tensor
     head_mass: Tensor
     head_size: Tensor
     gap: Tensor
@@ -84,7 +85,7 @@ class _RowStats(NamedTuple):
 def forward(
     student: Tensor,
     teacher: Tensor,
-    counted: Tensor | None,
+    valid: Tensor | None,
     *,
     mu: float,
     temperature: float,
@@ -97,20 +98,20 @@ def forward(
     """Loss, backward state and statistics of every row that counts; zeros for the others.
 
     Shape:
-        student [N, V_s], teacher [N, V_t], or [outer, inner, V] of N = outer * inner rows; counted
+        student [N, V_s], teacher [N, V_t], or [outer, inner, V] of N = outer * inner rows; valid
         [N] bool or None where all rows count. V has unit stride.
     Dtype:
         fp32, bf16 or fp16, also mixed; computed and returned in fp32.
     With a fixed weight there is no head: head_mass and head_size are then NaN.
     """
     options = _Options(mu, temperature, head, ties, weight, student_map, teacher_map)
-    return _sweep(student, teacher, counted, options)
+    return _sweep(student, teacher, valid, options)
 
 
 def forward_with_gradient(
     student: Tensor,
     teacher: Tensor,
-    counted: Tensor | None,
+    valid: Tensor | None,
     upstream: Tensor,
     *,
     mu: float,
@@ -127,14 +128,14 @@ def forward_with_gradient(
 
     `damped` divides the gradient of a row by `damping` of its loss."""
     options = _Options(mu, temperature, head, ties, weight, student_map, teacher_map)
-    return _sweep(student, teacher, counted, options, upstream, out, damped)
+    return _sweep(student, teacher, valid, options, upstream, out, damped)
 
 
 def backward(
     upstream: Tensor,
     student: Tensor,
     teacher: Tensor,
-    counted: Tensor | None,
+    valid: Tensor | None,
     state: Tensor,
     *,
     temperature: float,
@@ -159,14 +160,14 @@ def backward(
             chunk, slope, kept, upstream[rows], s, student_map, temperature, by_row, rows
         )
 
-    _for_each_chunk(work, student, teacher, counted)
-    _clear_uncounted(by_row, counted)
+    _for_each_chunk(work, student, teacher, valid)
+    _clear_uncounted(by_row, valid)
 
 
 def _sweep(
     student: Tensor,
     teacher: Tensor,
-    counted: Tensor | None,
+    valid: Tensor | None,
     options: _Options,
     upstream: Tensor | None = None,
     out: Tensor | None = None,
@@ -178,7 +179,7 @@ def _sweep(
     result = RowResult(
         loss=torch.zeros(n, dtype=torch.float32, device=device),
         state=torch.zeros(n, STATE_WIDTH, dtype=torch.float32, device=device),
-        stats=torch.zeros(n, len(STATS), dtype=torch.float32, device=device),
+        stats=torch.zeros(n, len(STATISTICS), dtype=torch.float32, device=device),
     )
     temperature, student_map, teacher_map = _rescaled(
         options.temperature, options.student_map, options.teacher_map
@@ -193,7 +194,7 @@ def _sweep(
         max_t, max_s = t.amax(-1, keepdim=True).float(), s.amax(-1, keepdim=True).float()
         chunk = _exponentials(s, t, max_t, max_s, temperature, maps, spaces)
         stats, slope, kept = _divergence(chunk, s, t, max_t, options)
-        w = stats.head_weight
+        w = stats.forward_weight
         loss = w * stats.forward_kl + (1.0 - w) * stats.reverse_kl
         result.loss[rows] = loss.squeeze(-1)
         result.state[rows] = torch.cat((max_t, max_s, *slope), dim=-1)
@@ -204,11 +205,11 @@ def _sweep(
                 g = g / damping(loss.squeeze(-1))
             _write_gradient(chunk, slope, kept, g, s, student_map, temperature, by_row, rows)
 
-    _for_each_chunk(work, student, teacher, counted)
+    _for_each_chunk(work, student, teacher, valid)
     for rows_of in result:
-        _clear_uncounted(rows_of, counted)
+        _clear_uncounted(rows_of, valid)
     if by_row is not None:
-        _clear_uncounted(by_row, counted)
+        _clear_uncounted(by_row, valid)
     return result
 
 
@@ -235,7 +236,7 @@ def _for_each_chunk(
     work: Callable[[_Rows, Tensor], None],
     student: Tensor,
     teacher: Tensor,
-    counted: Tensor | None,
+    valid: Tensor | None,
 ) -> None:
     """work(rows, spaces) for runs of R rows that count, with [6, R, max(V_s, V_t)] fp32 of its own.
 
@@ -245,8 +246,8 @@ def _for_each_chunk(
     within_budget = max(TEMPORARY_BYTES // (_BYTES_PER_LOGIT * vocabulary), 1)
     step, threads, counting = within_budget, 1, None
     if _sync_is_free(student):
-        if counted is not None:
-            counting = counted.nonzero().flatten()
+        if valid is not None:
+            counting = valid.nonzero().flatten()
             n = len(counting)
         step = min(_CPU_CHUNK // vocabulary, max(n // _FEW, _SMALL_CHUNK // vocabulary))
         step = max(min(step, within_budget), 1)
@@ -315,11 +316,11 @@ def _sync_is_free(x: Tensor) -> bool:
     return x.device.type == "cpu"
 
 
-def _clear_uncounted(x: Tensor, counted: Tensor | None) -> None:
+def _clear_uncounted(x: Tensor, valid: Tensor | None) -> None:
     """Zero the rows of x, or its entries if it has one a row, that do not count, NaN included."""
-    if counted is None:
+    if valid is None:
         return
-    uncounted = ~counted.view(x.shape[: max(x.dim() - 1, 1)])
+    uncounted = ~valid.view(x.shape[: max(x.dim() - 1, 1)])
     if _sync_is_free(x):
         x[uncounted] = 0.0
     else:

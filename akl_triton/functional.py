@@ -31,7 +31,7 @@ class DivergenceStats(NamedTuple):
 
     forward_kl: Tensor  # KL(teacher || student)
     reverse_kl: Tensor  # KL(student || teacher)
-    head_weight: Tensor  # w, the weight of forward_kl; g_head / gap for adaptive_kl
+    forward_weight: Tensor  # w, the weight of forward_kl; g_head / gap for adaptive_kl
     head_mass: Tensor  # teacher mass of the head; NaN where w is fixed
     head_size: Tensor  # tokens in the head; NaN where w is fixed
     gap: Tensor  # sum |p - q|, twice the total variation
@@ -407,8 +407,8 @@ def _divergence(
     chosen = ops.resolve_backend(backend, student.device.type)
 
     tokens = student.shape[:-1]
-    counted = None if labels is None else counted_tokens(labels, ignore_index, shift)
-    factor = row_factor(tokens, counted, reduction, items)
+    valid = None if labels is None else valid_tokens(labels, ignore_index, shift)
+    factor = row_factor(tokens, valid, reduction, items)
     if scale_by_t2:
         factor = factor * rule.temperature**2
     rows_s, rows_t = ops.as_rows(student, teacher)
@@ -417,10 +417,10 @@ def _divergence(
         # Multiplied, not copied to the device: a copy would wait for it.
         scale = torch.ones((), dtype=torch.float32, device=student.device) * factor
         loss, stats = ops.InPlaceDivergence.apply(  # type: ignore[no-untyped-call]
-            rows_s, rows_t, counted, scale, rule, return_stats, chosen
+            rows_s, rows_t, valid, scale, rule, return_stats, chosen
         )
     else:
-        loss, _, stats = ops.divergence(rows_s, rows_t, counted, *rule, return_stats, chosen)
+        loss, _, stats = ops.divergence(rows_s, rows_t, valid, *rule, return_stats, chosen)
         loss = loss * factor
     loss = loss.view(tokens) if reduction == "none" else loss.sum()
     if return_stats:
@@ -445,7 +445,7 @@ def check_options(
     return checks.check_integer("ignore_index", ignore_index), checks.check_shift(shift)
 
 
-def counted_tokens(labels: Tensor, ignore_index: int, shift: int) -> Tensor:
+def valid_tokens(labels: Tensor, ignore_index: int, shift: int) -> Tensor:
     """[N] bool: the tokens whose label, `shift` positions on, is not ignored."""
     if shift:
         # Padded before it is cut: a sequence may be shorter than the shift, or of symbolic length.
@@ -455,7 +455,7 @@ def counted_tokens(labels: Tensor, ignore_index: int, shift: int) -> Tensor:
 
 def row_factor(
     tokens: torch.Size,
-    counted: Tensor | None,
+    valid: Tensor | None,
     reduction: Reduction,
     num_items: float | Tensor | None,
 ) -> float | Tensor:
@@ -466,7 +466,7 @@ def row_factor(
         return num_items.reciprocal()
     if num_items is not None:
         return 1.0 / num_items
-    if counted is None:
+    if valid is None:
         # torch.Size.numel() would be an int, and fix the batch of an exported program.
         return 1.0 / max(math.prod(tokens), 1)
-    return counted.sum().clamp(min=1).float().reciprocal()
+    return valid.sum().clamp(min=1).float().reciprocal()

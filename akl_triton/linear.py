@@ -28,11 +28,12 @@ from .functional import (
     Reduction,
     Ties,
     check_options,
-    counted_tokens,
     row_factor,
     rule_of,
+    valid_tokens,
 )
-from .rows import STATS, damping, power_of_two, room
+from .kernels.layout import STATISTICS
+from .rows import damping, power_of_two, room
 
 # The fp32 sum of dW, 8 V H bytes read and written once a chunk, should cost little beside the
 # products, 8 V H flops a token or more: a chunk wants thousands of tokens where a machine does 200
@@ -467,8 +468,8 @@ def _linear_divergence(
                 checks.check_can_be_saved(name, tensor)
 
     tokens = student.shape[:-1]
-    counted = None if labels is None else counted_tokens(labels, ignore_index, shift)
-    factor = row_factor(tokens, counted, reduction, items)
+    valid = None if labels is None else valid_tokens(labels, ignore_index, shift)
+    factor = row_factor(tokens, valid, reduction, items)
     if scale_by_t2:
         factor = factor * rule.temperature**2
     rows = sides._replace(
@@ -477,9 +478,7 @@ def _linear_divergence(
     )
     # Multiplied, not copied to the device: a copy would wait for it.
     scale = torch.ones((), dtype=torch.float32, device=student.device) * factor
-    loss, stats, *_ = linear_divergence(
-        *rows, counted, scale, *rule, *plan, per_token, return_stats
-    )
+    loss, stats, *_ = linear_divergence(*rows, valid, scale, *rule, *plan, per_token, return_stats)
     if per_token:
         loss = loss.view(tokens)
     if return_stats:
@@ -500,7 +499,7 @@ def _autocast_dtype(device_type: str) -> torch.dtype | None:
 _ARGUMENTS = """
     Tensor student_hidden, Tensor student_weight, Tensor? student_bias,
     Tensor teacher_hidden, Tensor teacher_weight, Tensor? teacher_bias,
-    Tensor? counted, Tensor factor,
+    Tensor? valid, Tensor factor,
     float mu, float temperature, str head, str ties, float? weight,
     float? student_softcap, float? teacher_softcap,
     float student_logit_scale, float teacher_logit_scale,
@@ -520,8 +519,8 @@ def linear_divergence(*inputs):  # type: ignore[no-untyped-def]
 
     The gradients are [N, H_s], [V_s, H_s] and [V_s], or [0] where the forward pass gives none. In
     fp16 they still have to be multiplied by `_rests`; dampings [N] are [0] elsewhere."""
-    sides, counted, factor, rule, plan, per_token, with_stats = _unpack(inputs)
-    loss, *rest = _sweep(sides, counted, factor, rule, _now(plan, per_token), with_stats)
+    sides, valid, factor, rule, plan, per_token, with_stats = _unpack(inputs)
+    loss, *rest = _sweep(sides, valid, factor, rule, _now(plan, per_token), with_stats)
     return (loss if per_token else loss.sum(), *rest)
 
 
@@ -532,8 +531,8 @@ def linear_divergence(*inputs):  # type: ignore[no-untyped-def]
 )
 def linear_divergence_backward(upstream, *inputs):  # type: ignore[no-untyped-def]
     """The gradients of sum upstream [N] * loss [N], or [0] where none is wanted."""
-    sides, counted, factor, rule, plan = _unpack(inputs)
-    _, _, _, *gradients = _sweep(sides, counted, factor, rule, plan, False, upstream)
+    sides, valid, factor, rule, plan = _unpack(inputs)
+    _, _, _, *gradients = _sweep(sides, valid, factor, rule, plan, False, upstream)
     return tuple(gradients)
 
 
@@ -579,7 +578,7 @@ def _(*inputs):  # type: ignore[no-untyped-def]
     n = hidden.shape[0]
     loss = torch.empty((n,) if per_token else (), dtype=torch.float32, device=hidden.device)
     stats = torch.empty(
-        n if with_stats else 0, len(STATS), dtype=torch.float32, device=hidden.device
+        n if with_stats else 0, len(STATISTICS), dtype=torch.float32, device=hidden.device
     )
     now = _now(plan, per_token)
     dampings = loss.new_empty(n if now.damped and now.hidden_gradient else 0)
@@ -598,7 +597,7 @@ def _(x, factor, dtype):  # type: ignore[no-untyped-def]
 
 
 def _unpack(inputs: Sequence[Any]) -> tuple[Any, ...]:
-    """The operators' arguments: (sides, counted, factor, rule, plan, the rest)."""
+    """The operators' arguments: (sides, valid, factor, rule, plan, the rest)."""
     a = len(_Sides._fields)
     b = a + 2 + len(ops.Rule._fields)
     c = b + len(_Plan._fields)
@@ -613,14 +612,14 @@ def _unpack(inputs: Sequence[Any]) -> tuple[Any, ...]:
 
 
 def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    sides, counted, factor, rule, plan, per_token, _ = _unpack(inputs)
+    sides, valid, factor, rule, plan, per_token, _ = _unpack(inputs)
     _, *rest = output
     ctx.mark_non_differentiable(*rest)
     ctx.set_materialize_grads(False)  # no zeros for what has no upstream gradient
     ctx.late = _late(plan, per_token)
     ctx.options = rule, plan
     ctx.dtypes = [None if x is None else x.dtype for x in sides[:3]]
-    ctx.save_for_backward(factor, *(*sides, counted) if ctx.late else rest[1:])
+    ctx.save_for_backward(factor, *(*sides, valid) if ctx.late else rest[1:])
 
 
 def _differentiate(ctx, upstream, *_):  # type: ignore[no-untyped-def]
@@ -630,8 +629,8 @@ def _differentiate(ctx, upstream, *_):  # type: ignore[no-untyped-def]
     factor, *saved = ctx.saved_tensors
     wanted = plan.hidden_gradient, plan.weight_gradient, plan.bias_gradient
     if ctx.late:
-        *inputs, counted = saved
-        saved = linear_divergence_backward(upstream, *inputs, counted, factor, *rule, *plan)
+        *inputs, valid = saved
+        saved = linear_divergence_backward(upstream, *inputs, valid, factor, *rule, *plan)
         rests = [torch.ones((), dtype=torch.float32, device=upstream.device)] * 3
     else:
         dampings, *saved = saved
@@ -657,7 +656,7 @@ linear_divergence.register_autograd(_differentiate, setup_context=_save)
 
 def _sweep(
     sides: _Sides,
-    counted: Tensor | None,
+    valid: Tensor | None,
     factor: Tensor,
     rule: ops.Rule,
     plan: _Plan,
@@ -671,12 +670,12 @@ def _sweep(
     student, teacher = sides.student_hidden, sides.teacher_hidden
     n, device = student.shape[0], student.device
     loss = torch.zeros(n, dtype=torch.float32, device=device)
-    stats = loss.new_zeros(n if with_stats else 0, len(STATS))
+    stats = loss.new_zeros(n if with_stats else 0, len(STATISTICS))
     damped = upstream is None and plan.damped and plan.any_gradient
     dampings = loss.new_ones(n if damped and plan.hidden_gradient else 0)
     d_hidden, d_weight, d_bias = (x.zero_() for x in _empty_gradients(sides, plan))
 
-    counting = None if counted is None else counted.nonzero().flatten()
+    counting = None if valid is None else valid.nonzero().flatten()
     count = n if counting is None else len(counting)
     step = min(chunk_rows(plan.chunk_bytes, plan.bytes_per_row(sides)), count)
     weights = (

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from . import eager
-from .rows import STATE_WIDTH, STATS, LogitMap, RowResult, damping, power_of_two, room
+from .kernels.layout import STATE_WIDTH, STATISTICS
+from .rows import LogitMap, RowResult, damping, power_of_two, room
 
 TRITON, TORCH = "triton", "torch"
 
@@ -116,7 +117,7 @@ class Rule(NamedTuple):
 def divergence(
     student: Tensor,
     teacher: Tensor,
-    counted: Tensor | None,
+    valid: Tensor | None,
     mu: float,
     temperature: float,
     head: str,
@@ -135,7 +136,7 @@ def divergence(
         mu, temperature, head, ties, weight,
         student_softcap, teacher_softcap, student_logit_scale, teacher_logit_scale,
     )  # fmt: skip
-    forward_rows(student, teacher, counted, result, rule, backend)
+    forward_rows(student, teacher, valid, result, rule, backend)
     return result
 
 
@@ -149,7 +150,7 @@ def divergence_backward(
     upstream: Tensor,
     student: Tensor,
     teacher: Tensor,
-    counted: Tensor | None,
+    valid: Tensor | None,
     state: Tensor,
     temperature: float,
     weight: float | None,
@@ -164,13 +165,13 @@ def divergence_backward(
     if student.numel() == 0:
         return gradient
     if backend == TRITON:
-        from .kernels import pipeline
+        from .kernels import launch
 
-        pipeline.backward(
+        launch.backward(
             gradient,
             student,
             teacher,
-            counted,
+            valid,
             state,
             upstream,
             temperature=temperature,
@@ -185,7 +186,7 @@ def divergence_backward(
             upstream,
             student,
             teacher,
-            counted,
+            valid,
             state,
             temperature=temperature,
             out=gradient,
@@ -204,7 +205,7 @@ def _(upstream, student, *inputs):  # type: ignore[no-untyped-def]
 def divergence_with_gradient(
     student: Tensor,
     teacher: Tensor,
-    counted: Tensor | None,
+    valid: Tensor | None,
     upstream: Tensor,
     mu: float,
     temperature: float,
@@ -227,7 +228,7 @@ def divergence_with_gradient(
         mu, temperature, head, ties, weight,
         student_softcap, teacher_softcap, student_logit_scale, teacher_logit_scale,
     )  # fmt: skip
-    forward_rows(student, teacher, counted, result, rule, backend, upstream, damped)
+    forward_rows(student, teacher, valid, result, rule, backend, upstream, damped)
     return result.loss, result.stats
 
 
@@ -243,9 +244,9 @@ def rescale(rows: Tensor, factor: Tensor, backend: str) -> None:
     if rows.numel() == 0:
         return
     if backend == TRITON:
-        from .kernels import pipeline
+        from .kernels import launch
 
-        pipeline.rescale(rows, factor)
+        launch.rescale(rows, factor)
     else:
         for block in blocks(rows):
             rows[block].mul_(factor[block, None])
@@ -257,11 +258,11 @@ def _(rows, factor, backend):  # type: ignore[no-untyped-def]
 
 
 def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    student, teacher, counted, *options, _, backend = inputs
+    student, teacher, valid, *options, _, backend = inputs
     rule = Rule(*options)
     _, state, stats = output
     ctx.mark_non_differentiable(state, stats)
-    ctx.save_for_backward(student, teacher, counted, state)
+    ctx.save_for_backward(student, teacher, valid, state)
     ctx.options = rule.temperature, *rule[4:], backend
 
 
@@ -288,7 +289,7 @@ class InPlaceDivergence(torch.autograd.Function):
     one: the gradient is rounded once."""
 
     @staticmethod
-    def forward(ctx, student, teacher, counted, factor, rule, *options):  # type: ignore[no-untyped-def]
+    def forward(ctx, student, teacher, valid, factor, rule, *options):  # type: ignore[no-untyped-def]
         damped = student.dtype == torch.float16
         scale, rest = factor, None  # what the gradient has of the factor, and what it lacks
         if damped:
@@ -296,7 +297,7 @@ class InPlaceDivergence(torch.autograd.Function):
             scale = factor / rest
         n = student.shape[0] * student.shape[1]
         loss, stats = divergence_with_gradient(
-            student, teacher, counted, scale.expand(n), *rule, damped, *options
+            student, teacher, valid, scale.expand(n), *rule, damped, *options
         )
         if rest is not None:
             rest = rest * damping(loss)
@@ -321,14 +322,14 @@ def empty_result(student: Tensor, with_stats: bool) -> RowResult:
     return RowResult(
         torch.empty(n, dtype=torch.float32, device=device),
         torch.empty(n, STATE_WIDTH, dtype=torch.float32, device=device),
-        torch.empty(n if with_stats else 0, len(STATS), dtype=torch.float32, device=device),
+        torch.empty(n if with_stats else 0, len(STATISTICS), dtype=torch.float32, device=device),
     )
 
 
 def forward_rows(
     student: Tensor,
     teacher: Tensor,
-    counted: Tensor | None,
+    valid: Tensor | None,
     result: RowResult,
     rule: Rule,
     backend: str,
@@ -341,12 +342,12 @@ def forward_rows(
         return
     loss, state, stats = result
     if backend == TRITON:
-        from .kernels import pipeline
+        from .kernels import launch
 
-        pipeline.forward(
+        launch.forward(
             student,
             teacher,
-            counted,
+            valid,
             loss,
             state if upstream is None else None,
             stats if len(stats) else None,
@@ -370,10 +371,10 @@ def forward_rows(
         "teacher_map": rule.teacher_map,
     }
     if upstream is None:
-        result_of_rows = eager.forward(student, teacher, counted, **options)
+        result_of_rows = eager.forward(student, teacher, valid, **options)
     else:
         result_of_rows = eager.forward_with_gradient(
-            student, teacher, counted, upstream, **options, out=student, damped=damped
+            student, teacher, valid, upstream, **options, out=student, damped=damped
         )
     loss.copy_(result_of_rows.loss)
     state.copy_(result_of_rows.state)

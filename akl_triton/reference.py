@@ -29,7 +29,7 @@ class ReferenceResult(NamedTuple):
     gap: Tensor  # [N] sum |p - q|
     g_head: Tensor  # [N] its share inside the head
     g_tail: Tensor  # [N] its share outside
-    head_weight: Tensor  # [N] w, the weight of forward_kl
+    forward_weight: Tensor  # [N] w, the weight of forward_kl
     head_mass: Tensor  # [N] teacher mass of the head
     head_size: Tensor  # [N] number of tokens in the head
     head: Tensor  # [N, V] bool; for ties="average" float64, k/n in the split group
@@ -77,7 +77,7 @@ def reference_adaptive_kl(
         >>> teacher = torch.tensor([[0.6, 0.3, 0.1]]).log()
         >>> student = torch.tensor([[0.4, 0.4, 0.2]]).log()
         >>> result = reference_adaptive_kl(student, teacher)
-        >>> round(result.head_weight.item(), 6), result.head.tolist()
+        >>> round(result.forward_weight.item(), 6), result.head.tolist()
         (0.5, [[True, False, False]])
     """
     student, teacher = shared_vocabulary(student_logits.detach(), teacher_logits.detach())
@@ -130,7 +130,7 @@ def reference_adaptive_kl(
         gap=nan_where_broken(gap),
         g_head=nan_where_broken(g_head),
         g_tail=nan_where_broken(g_tail),
-        head_weight=nan_where_broken(w),
+        forward_weight=nan_where_broken(w),
         head_mass=nan_where_broken(head_mass),
         head_size=nan_where_broken(size_of_row),
         head=members.masked_fill(broken[:, None], 0),
@@ -198,11 +198,11 @@ def authors_adaptive_kl(student_logits: Tensor, teacher_logits: Tensor, mu: floa
     Reference:
         AKL.py of https://github.com/wutaiqiang/LLM_KD_AKL
     """
-    head_weight, tail_weight = _authors_weights(student_logits, teacher_logits, mu)
+    forward_weight, tail_weight = _authors_weights(student_logits, teacher_logits, mu)
     infinite = torch.isinf(student_logits) | torch.isinf(teacher_logits)
     forward_kl = _authors_kl(teacher_logits, student_logits, infinite)
     reverse_kl = _authors_kl(student_logits, teacher_logits, infinite)
-    return (head_weight * forward_kl).mean() + (tail_weight * reverse_kl).mean()
+    return (forward_weight * forward_kl).mean() + (tail_weight * reverse_kl).mean()
 
 
 def _authors_weights(

@@ -8,9 +8,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-STATE_WIDTH = 8
-STATS = ("forward_kl", "reverse_kl", "head_weight", "head_mass", "head_size", "gap")
-
 
 class LogitMap(NamedTuple):
     """logit = softcap tanh(scale x / softcap) of a model's output x, or scale x without a softcap.
@@ -23,11 +20,11 @@ class LogitMap(NamedTuple):
 
 
 class RowResult(NamedTuple):
-    """Per-row results in fp32; exactly 0 for rows that do not count."""
+    """Per-row results in fp32; exactly 0 for rows that are not valid."""
 
     loss: Tensor  # [N]
-    state: Tensor  # [N, STATE_WIDTH] for the backend's own backward
-    stats: Tensor  # [N, len(STATS)], columns in the order of STATS
+    state: Tensor  # [N, layout.STATE_WIDTH] for the backend's own backward
+    stats: Tensor  # [N, len(layout.STATISTICS)], columns in that order
 
 
 def damping(loss: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Stage C, gradient of the loss with respect to the student logits, w held constant.
+"""Gradient of the loss with respect to the student logits, w held constant.
 
     dL/ds_j = (w (kept_p q_j - p_j) + (1 - w) q_j (1 - u_j - reverse_kl - kept_q)) / T
     dL/ds_j = q_j (w kept_p - (1 - w) (reverse_kl + kept_q)) / T        where t_j or s_j is -inf
@@ -12,40 +12,27 @@ everything that is constant in a row folded into five coefficients this is
 import triton
 import triton.language as tl
 
-from .divergence import LN2, normalisers
-from .rows import (
-    LARGEST,
-    LOWEST,
-    UNROLL,
-    block_offsets,
-    edge_block,
-    edge_count,
-    held,
-    load_edge,
-    load_full,
-    rounded_sum,
-    row_base,
-    scaled,
-    softcap_slope,
-)
+from .arithmetic import LARGEST, LN2, LOWEST, held, rounded_sum, scaled, softcap_slope
+from .blocks import UNROLL, block_offsets, edge_block, edge_count, load_edge, load_full, row_base
+from .statistics import normalisers
 
 # The last time that a row is used: the L2 may drop it before rows that are swept again.
 DONE = tl.constexpr("evict_first")
 # Coefficients are held here, so that no sum of two terms is infinite where its factor q is 0; rows
-# that have larger ones than COEFFICIENT_LIMIT are written by the edge block's code, which holds the
-# gradient, too. They come of a tiny T and of rows that share no token.
+# with larger ones than COEFFICIENT_LIMIT are written by the edge block's code, which holds the
+# gradient, too. They come from a tiny T, or from rows whose sides share no token.
 LARGEST_COEFFICIENT = tl.constexpr(2.0**125)
 COEFFICIENT_LIMIT = tl.constexpr(2.0**64)
 
 
 @triton.jit
 def gradient_coefficients(
-    reference_t, z_t, reference_s, z_s, weight, reverse_kl, kept_p, kept_q, rate
+    reference_t, z_t, reference_s, z_s, forward_weight, reverse_kl, kept_p, kept_q, rate
 ):
     """(lse_t, lse_s, slope, offset, teacher, lost) of the formulas above."""
     lse_t, lse_s, factor_t, factor_s, shift = normalisers(reference_t, z_t, reference_s, z_s)
-    rest = 1.0 - weight
-    common = weight * kept_p - rest * (reverse_kl + kept_q)
+    rest = 1.0 - forward_weight
+    common = forward_weight * kept_p - rest * (reverse_kl + kept_q)
     student = factor_s * rate
     slope = -rest * LN2 * student
     offset = (common + rest - rest * LN2 * shift) * student
@@ -54,7 +41,7 @@ def gradient_coefficients(
         lse_s,
         held(slope, LARGEST_COEFFICIENT),
         held(offset, LARGEST_COEFFICIENT),
-        held(weight * factor_t * rate, LARGEST_COEFFICIENT),
+        held(forward_weight * factor_t * rate, LARGEST_COEFFICIENT),
         held(common * student, LARGEST_COEFFICIENT),
     )
 
@@ -86,7 +73,7 @@ def row_gradient(
     ds_row,  # gradient of the row, offset 0; may be s_row
     t_row, s_row, lead, end_t, end_s,
     scale_t, gain_t, scale_s, gain_s,  # of `scaled`
-    full_end,  # of stage B
+    full_end,  # of the divergence
     lse_t, lse_s, slope, offset, teacher, lost,
     REVERSE: tl.constexpr,
     S_ALIGNED: tl.constexpr,

@@ -1,17 +1,17 @@
-"""Stage R, head boundary: where the teacher's sorted mass reaches mu, without sorting.
+"""Head boundary: where the teacher's sorted mass reaches mu, without sorting.
 
     mass(x)  = sum of p_i over teacher logits t_i >= x          a step function
     crossing = largest x in the row with mass(x) > mu           (inclusive rule: >= mu)
-    k        = how many of the logits equal to `crossing` belong to the head
-    cut      = offset behind the k-th of them, in index order   (ties="stable")
+    taken    = how many of the logits equal to `crossing` belong to the head
+    cut      = offset behind the last of those, in index order   (ties="stable")
 
 Logits are ordered by an integer key (the sign-magnitude bits of their own dtype, made monotone).
 A bracket of two keys, of which the lower crosses mu and the upper does not, is narrowed by
 evaluating mass() at PIVOTS keys at a time until the two are neighbours. mass() is summed over
 
-  - the slot maxima of stage A, which are in registers, where these are proven to suffice: a slot's
-    mass less that of its maximum bounds every other token in it, so that no token heavier than the
-    largest such rest, `hidden`, is missing among the maxima. Text at T = 1 needs no more.
+  - the slot maxima of the statistics, which are in registers, where these are proven to suffice: a
+    slot's mass less that of its maximum bounds every other token in it, so that no token heavier
+    than the largest such rest, `hidden`, is missing among the maxima. Text at T = 1 needs no more.
   - otherwise the teacher's row, one sweep for every PIVOTS keys. The first stand around an
     estimate: the maxima are BLOCK tokens drawn from the top, and if a share f of them is >= x, then
     about -BLOCK ln(1 - f) tokens are (balls in bins), which says how much mass the maxima hide.
@@ -22,7 +22,8 @@ evaluating mass() at PIVOTS keys at a time until the two are neighbours. mass() 
 import triton
 import triton.language as tl
 
-from .rows import capped, load_edge, load_full, scaled
+from .arithmetic import capped, scaled
+from .blocks import load_edge, load_full
 
 PIVOTS = tl.constexpr(4)
 # mu is exact to a few roundings of fp32, and a head of all the mass would have no boundary.
@@ -30,14 +31,14 @@ LARGEST_MU = tl.constexpr(1.0 - 2.0**-20)
 # Nothing 2^-64 below the most probable token can hold a visible share of the mass.
 DEPTH = tl.constexpr(64.0)
 # Bins of the estimate, in powers of 2 of the mass: the first and the last.
-STRIDE = tl.constexpr(2.0)
-FINEST = tl.constexpr(1.0 / 32)
+BIN_LOG2 = tl.constexpr(2.0)
+FINEST_BIN_LOG2 = tl.constexpr(1.0 / 32)
 # How far, in units of T ln 2, the first pivots are from an estimate that is good, and from one that
 # is poor since the maxima hide most of what is above it.
-NEAR = tl.constexpr(0.01)
-FAR = tl.constexpr(0.15)
-# Of an interpolation in a bracket: the error that the curvature of mass() makes.
-CURVATURE = tl.constexpr(0.0012)
+PIVOT_NEAR = tl.constexpr(0.01)
+PIVOT_FAR = tl.constexpr(0.15)
+# The error of an interpolation that the curvature of mass() makes, as a share of the bracket.
+CURVATURE_ERROR = tl.constexpr(0.0012)
 
 
 @triton.jit
@@ -87,23 +88,23 @@ def head_boundary(
     lead,
     end_t,
     scale, gain,  # of `scaled`
-    reference,  # of stage A
-    z,  # Z_t of stage A
-    slots,  # [BLOCK] slot maxima of stage A
-    hidden,  # of stage A: no token that is no slot maximum has a larger mass
-    full,  # of stage A: 0 if the row has a base
+    reference,  # of the statistics
+    z,  # Z_t of the statistics
+    slots,  # [BLOCK] slot maxima of the statistics
+    hidden,  # no token that is no slot maximum has a larger mass
+    full_end,  # 0 if the row has a base
     mu,
     INCLUSIVE: tl.constexpr,
     STABLE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """(crossing logit, mass above it, k, mass of one such token, cut); masses are shares of Z.
+    """(crossing logit, mass above it, taken, mass of one such token, cut); masses are shares of Z.
 
     `cut` is end_t where all ties belong to the head, and 0 where none do or ties are averaged."""
     dtype: tl.constexpr = t_row.dtype.element_ty
     target = tl.minimum(mu, LARGEST_MU) * z
     top = tl.max(slots, axis=0)
-    base = tl.where(full == 0, 0.5 * capped(top, gain), 0.0)
+    base = tl.where(full_end == 0, 0.5 * capped(top, gain), 0.0)
     top_mass = _mass(top, scale, gain, reference, base)
     crossing = top
     above = 0.0
@@ -116,8 +117,8 @@ def head_boundary(
         heavy = slot_mass > hidden
         low = key_of(tl.min(tl.where(heavy, slots, float("inf")), axis=0), dtype)
         known = tl.sum(tl.where(heavy, slot_mass, 0.0), axis=0)
-        suffice = (low < high) & crosses(known, target, INCLUSIVE) & (full > 0)
-        if suffice:
+        slots_suffice = (low < high) & crosses(known, target, INCLUSIVE) & (full_end > 0)
+        if slots_suffice:
             crossing, above, reached = _search(
                 t_row, lead, end_t, scale, gain, base, reference, slots, target, low, high, known,
                 INCLUSIVE, True, dtype, BLOCK,
@@ -131,27 +132,27 @@ def head_boundary(
                 t_row, lead, end_t, scale, gain, base, reference, slots, target, low, high, z,
                 INCLUSIVE, False, dtype, BLOCK,
             )  # fmt: skip
-    each = _mass(crossing, scale, gain, reference, base)
-    ties = tl.floor((reached - above) / each + 0.5)
-    share = (target - above) / each
+    tie_mass = _mass(crossing, scale, gain, reference, base)
+    ties = tl.floor((reached - above) / tie_mass + 0.5)
+    fitting = (target - above) / tie_mass
     if INCLUSIVE:
-        k = tl.ceil(share)
-        k = tl.minimum(tl.maximum(k, 1.0), ties)
+        taken = tl.ceil(fitting)
+        taken = tl.minimum(tl.maximum(taken, 1.0), ties)
     else:
-        k = tl.floor(share)
-        k = tl.minimum(tl.maximum(k, tl.where(above == 0.0, 1.0, 0.0)), ties)
+        taken = tl.floor(fitting)
+        taken = tl.minimum(tl.maximum(taken, tl.where(above == 0.0, 1.0, 0.0)), ties)
     cut = 0
     if STABLE:
-        if k > ties - 0.5:
+        if taken > ties - 0.5:
             cut = end_t
-        elif k > 0.5:
-            cut = _cut_behind(t_row, lead, end_t, crossing, k, ties, BLOCK)
-    return crossing, above / z, k, each / z, cut
+        elif taken > 0.5:
+            cut = _cut_behind(t_row, lead, end_t, crossing, taken, ties, BLOCK)
+    return crossing, above / z, taken, tie_mass / z, cut
 
 
 @triton.jit
 def _mass(x, scale, gain, reference, base=None):
-    """Of a logit, in units of Z."""
+    """The mass of a logit, in units of Z."""
     return tl.exp2(scaled(x, scale, gain, reference, base))
 
 
@@ -168,21 +169,21 @@ def _estimate(slots, scale, gain, base, reference, target, top, BLOCK: tl.conste
     """Logit at which the slot maxima say that the mass reaches `target`, and the share f of slots
     above it: f near 1 means that they hide most tokens and the estimate is poor.
 
-    Bins of a factor of 2^STRIDE go down from the top; the one in which it is reached is halved."""
+    Bins of a factor of 2^BIN_LOG2 go down from the top; the last of them is halved."""
     slot_mass = _mass(slots, scale, gain, reference, base)
     steepness = _steepness(scale, gain)
     high = top  # above it the estimated mass falls short of the target
     mass_above = 0.0
     slots_above = 0.0
-    step = STRIDE / steepness
-    finest = FINEST / steepness
+    step = BIN_LOG2 / steepness
+    finest = FINEST_BIN_LOG2 / steepness
     halving = 0
     # Where logits are so large that a step is lost in their rounding, there is nothing to halve.
     while (step > finest) & (high > top - DEPTH / steepness) & (high - step < high):
         inside = (slots > high - step) & (slots <= high)
         held = tl.maximum(tl.sum(inside.to(tl.float32), axis=0), 0.5)
         count = tl.minimum(slots_above + held, BLOCK - 0.5)
-        # Of the tokens in the bin, for each that is seen: on average, and at the bin's upper end.
+        # Tokens in the bin for each that is seen: on average, and at the bin's upper end.
         tokens = BLOCK * tl.log((BLOCK - slots_above) / (BLOCK - count)) / held
         heaviest = BLOCK / (BLOCK - slots_above)
         seen = tl.sum(tl.where(inside, slot_mass, 0.0), axis=0)
@@ -218,7 +219,7 @@ def _interpolated(low_value, high_value, mass_low, mass_high, target, scale, gai
     x = low_value + width * share
     tokens = (mass_low - mass_high) / _mass(x, scale, gain, reference, base)
     noise = tl.sqrt(tl.maximum(share * (1.0 - share), 0.02) / tl.maximum(tokens, 1.0))
-    return x, width * (CURVATURE + 0.15 * noise)
+    return x, width * (CURVATURE_ERROR + 0.15 * noise)
 
 
 @triton.jit
@@ -255,7 +256,7 @@ def _search(
     if not SLOTS:
         top = tl.max(slots, axis=0)
         x, saturation = _estimate(slots, scale, gain, base, reference, target, top, BLOCK)
-        reach = tl.where(saturation > 0.8, FAR, NEAR) / _steepness(scale, gain)
+        reach = tl.where(saturation > 0.8, PIVOT_FAR, PIVOT_NEAR) / _steepness(scale, gain)
     last = tl.where(base == 0.0, end_t // BLOCK, 0)
     span = high.to(tl.int64) - low.to(tl.int64)
     while span > 1:
@@ -328,16 +329,16 @@ def _search(
 
 
 @triton.jit
-def _cut_behind(t_row, lead, end_t, crossing, k, ties, BLOCK: tl.constexpr):
-    """Offset that has k of the logits equal to `crossing` before it and the others behind.
+def _cut_behind(t_row, lead, end_t, crossing, taken, ties, BLOCK: tl.constexpr):
+    """Offset that has `taken` of the logits equal to `crossing` before it and the others behind.
 
     The row is walked from the end that is nearer in ties, CHUNK blocks at a time, until it is seen
     where they part; a lane notes the blocks of its own ties as bits, with their count above."""
     columns = tl.arange(0, BLOCK)
     CHUNK: tl.constexpr = 4
     ONE: tl.constexpr = 1 << CHUNK
-    onwards = 2.0 * k <= ties
-    wanted = tl.where(onwards, k, ties - k).to(tl.int32)
+    onwards = 2.0 * taken <= ties
+    wanted = tl.where(onwards, taken, ties - taken).to(tl.int32)
     chunks = tl.cdiv(end_t, CHUNK * BLOCK)
     last = end_t // BLOCK
     noted = tl.zeros((BLOCK,), tl.int32)

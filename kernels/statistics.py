@@ -1,4 +1,4 @@
-"""Stage A, row statistics: both softmax denominators in one sweep, and the teacher's slot maxima.
+"""Row statistics: both softmax denominators in one sweep, and the teacher's slot maxima.
 
     Z = sum_i 2^(log2(e) logit_i / T - reference)        lse = reference + log2 Z
     slots[j] = max of teacher[j], teacher[j + BLOCK], teacher[j + 2 BLOCK], ...
@@ -13,9 +13,8 @@ such a row has no full ones, in this stage or the next.
 import triton
 import triton.language as tl
 
-from .rows import (
-    REFERENCE_LIMIT,
-    SUM_LIMIT,
+from .arithmetic import rounded_sum, scaled
+from .blocks import (
     UNROLL,
     edge_block,
     edge_count,
@@ -24,10 +23,15 @@ from .rows import (
     load_full,
     row_base,
     row_max,
-    scaled,
 )
 
-# A sum of fp32 of some hundred terms, and what may have been lost of it.
+# Rows whose sum of exponentials exceeds this are summed again from their true maximum: it keeps the
+# arguments of exp2 below 20 + log2(V), where their rounding is harmless, and far from overflow.
+SUM_LIMIT = tl.constexpr(2.0**20)
+# Rows whose largest scaled logit exceeds this have it taken off before they are scaled, as
+# `row_base`: the rounding of so large a reference would show, and then overflow.
+REFERENCE_LIMIT = tl.constexpr(2.0**22)
+# How much may have been lost in an fp32 sum of some hundred terms.
 SUM_SLACK = tl.constexpr(1.0 + 2.0**-14)
 
 
@@ -43,12 +47,12 @@ def row_statistics(
     S_ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """(reference_t, Z_t, reference_s, Z_s, slots [BLOCK], hidden, full)
+    """(reference_t, Z_t, reference_s, Z_s, slots [BLOCK], hidden, full_end)
 
-    Z is NaN for a row that is not valid. Blocks 1 .. full-1 are full ones; full = 0 if the row has
-    a base, on both sides."""
+    Z is NaN where a side has no softmax. Blocks 1 .. full_end-1 are full ones; full_end = 0 if the
+    row has a base, on both sides."""
     columns = tl.arange(0, BLOCK)
-    full = full_blocks_end(end_t, end_s, BLOCK)
+    full_end = full_blocks_end(end_t, end_s, BLOCK)
     blocks = tl.cdiv(tl.maximum(end_t, end_s), BLOCK)
 
     first_t = tl.max(load_edge(t_row, columns, lead, end_t), axis=0)
@@ -63,17 +67,17 @@ def row_statistics(
     while sweeps > 0:
         sum_t = tl.zeros((BLOCK,), tl.float32)
         sum_s = tl.zeros((BLOCK,), tl.float32)
-        for block in tl.range(1, full, loop_unroll_factor=UNROLL):
+        for block in tl.range(1, full_end, loop_unroll_factor=UNROLL):
             t = load_full(t_row, block, True, BLOCK)
             s = load_full(s_row, block, S_ALIGNED, BLOCK)
             sum_t += tl.exp2(scaled(t, scale_t, gain_t, reference_t))
             sum_s += tl.exp2(scaled(s, scale_s, gain_s, reference_s))
             if SLOTS:
                 slots = tl.maximum(slots, t)
-        base_t = row_base(t_row, lead, end_t, gain_t, full, BLOCK)
-        base_s = row_base(s_row, lead, end_s, gain_s, full, BLOCK)
-        for edge in range(0, edge_count(full, blocks)):
-            offsets = edge_block(edge, full) * BLOCK + columns
+        base_t = row_base(t_row, lead, end_t, gain_t, full_end, BLOCK)
+        base_s = row_base(s_row, lead, end_s, gain_s, full_end, BLOCK)
+        for edge in range(0, edge_count(full_end, blocks)):
+            offsets = edge_block(edge, full_end) * BLOCK + columns
             t = load_edge(t_row, offsets, lead, end_t)
             s = load_edge(s_row, offsets, lead, end_s)
             sum_t += tl.exp2(scaled(t, scale_t, gain_t, reference_t, base_t))
@@ -95,11 +99,25 @@ def row_statistics(
             if _moderate(reference_t, reference_s) == 0:
                 reference_t = 0.0
                 reference_s = 0.0
-                full = 0
-    return reference_t, z_t, reference_s, z_s, slots, tl.maximum(hidden, 0.0), full
+                full_end = 0
+    return reference_t, z_t, reference_s, z_s, slots, tl.maximum(hidden, 0.0), full_end
 
 
 @triton.jit
 def _moderate(reference_t, reference_s):
     """Whether the rounding of neither reference shows."""
     return (tl.abs(reference_t) < REFERENCE_LIMIT) & (tl.abs(reference_s) < REFERENCE_LIMIT)
+
+
+@triton.jit
+def normalisers(reference_t, z_t, reference_s, z_s):
+    """(lse_t, lse_s, factor_t, factor_s, shift): p = factor_t 2^scaled(t, lse_t), q likewise of the
+    student, and shift = log2(factor_t / factor_s)."""
+    log2_t = tl.log2(z_t)
+    log2_s = tl.log2(z_s)
+    lse_t, correction_t = rounded_sum(reference_t, log2_t)
+    lse_s, correction_s = rounded_sum(reference_s, log2_s)
+    # Logarithms are rounded, too, which shows where p is close to q: their difference is not.
+    shift = correction_s - correction_t + (tl.log2(z_s / z_t) - (log2_s - log2_t))
+    factor_t = tl.exp2(-correction_t)
+    return lse_t, lse_s, factor_t, factor_t * tl.exp2(-shift), shift

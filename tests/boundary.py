@@ -46,7 +46,7 @@ class AcceptableHeads:
     def head_mass_at(self, size: Tensor) -> Tensor:
         return (self.members_at(size) * self.p).sum(-1)
 
-    def head_weight_at(self, size: Tensor) -> Tensor:
+    def forward_weight_at(self, size: Tensor) -> Tensor:
         gap = self.distance.sum(-1)
         g_head = (self.members_at(size) * self.distance).sum(-1)
         return torch.where(gap == 0.0, 0.5, g_head / gap)
@@ -88,7 +88,7 @@ def assert_head_matches(
     *,
     head_size: Tensor,
     head_mass: Tensor,
-    head_weight: Tensor,
+    forward_weight: Tensor,
     mu: float = 0.5,
     temperature: float = 1.0,
     head: Head = "exclusive",
@@ -98,16 +98,16 @@ def assert_head_matches(
 ) -> None:
     """Every finite row's claimed head is acceptable; its mass and weight are those of that head.
 
-    head_size, head_mass, head_weight: [N], any float dtype. Rows without a softmax (NaN, +inf, or
-    all -inf on a side) must claim NaN in all three.
+    head_size, head_mass, forward_weight: [N], any float dtype. Rows without a softmax (NaN, +inf,
+    or all -inf on a side) must claim NaN in all three.
     """
     accepted = acceptable_heads(
         student, teacher, mu=mu, temperature=temperature, head=head, ties=ties, **maps
     )
-    size, mass, w = (x.detach().double().cpu() for x in (head_size, head_mass, head_weight))
+    size, mass, w = (x.detach().double().cpu() for x in (head_size, head_mass, forward_weight))
     gap = accepted.distance.sum(-1)
     sound = ~gap.isnan()
-    for name, claim in (("head_size", size), ("head_mass", mass), ("head_weight", w)):
+    for name, claim in (("head_size", size), ("head_mass", mass), ("forward_weight", w)):
         assert claim[~sound].isnan().all(), f"{name} of a row without a softmax is not NaN"
         assert not claim[sound].isnan().any(), f"{name} of a sound row is NaN"
 
@@ -125,7 +125,7 @@ def assert_head_matches(
     assert (mass_off <= mass_error).all(), f"head_mass is off by {mass_off.max():.2e}"
     # A gap near 0 is itself rounding, and so is its split.
     slack = mass_error * (1.0 + 1.0 / gap.clamp(min=1e-300))
-    weight_off = ((w - accepted.head_weight_at(taken)).abs() / slack)[sound]
+    weight_off = ((w - accepted.forward_weight_at(taken)).abs() / slack)[sound]
     assert (weight_off <= 1.0).all(), (
-        f"head_weight is off by {weight_off.max():.1f} times the rounding of {mass_error:.0e}/gap"
+        f"forward_weight is off by {weight_off.max():.1f} times a rounding of {mass_error:.0e}/gap"
     )

@@ -235,13 +235,13 @@ def test_ignored_tokens_may_hold_anything(backend, device, inplace):
         student * 1, teacher, labels, inplace=inplace, return_stats=True, backend=backend
     )
     grad = gradient(loss, student)
-    counted = labels != IGNORED
+    valid = labels != IGNORED
     expected = oracle(student, teacher)
-    assert_near(loss, expected.loss[counted].mean())
-    assert_near(grad[counted], expected.grad[counted] / (TOKENS - 2))
-    assert (grad[~counted] == 0).all()
+    assert_near(loss, expected.loss[valid].mean())
+    assert_near(grad[valid], expected.grad[valid] / (TOKENS - 2))
+    assert (grad[~valid] == 0).all()
     for field in stats:
-        assert (field[~counted] == 0).all()
+        assert (field[~valid] == 0).all()
 
 
 @pytest.mark.parametrize("inplace", [False, True])
@@ -496,7 +496,7 @@ def test_every_loss_and_its_stats(name, backend, device):
     assert stats._fields == (
         "forward_kl",
         "reverse_kl",
-        "head_weight",
+        "forward_weight",
         "head_mass",
         "head_size",
         "gap",
@@ -517,16 +517,16 @@ def test_every_loss_and_its_stats(name, backend, device):
 def test_backward_spares_the_reverse_part_where_its_weight_is_0(name, backend, device, monkeypatch):
     if backend == "torch":
         pytest.skip("the PyTorch backend has one formula for all weights")
-    from akl_triton.kernels import pipeline
+    from akl_triton.kernels import launch as launchers
 
     asked = []
-    launch = pipeline.backward
+    launch = launchers.backward
 
     def backward(*tensors: Tensor, reverse: bool, **options: Any) -> None:
         asked.append(reverse)
         launch(*tensors, reverse=reverse, **options)
 
-    monkeypatch.setattr(pipeline, "backward", backward)
+    monkeypatch.setattr(launchers, "backward", backward)
     student, teacher = pair(device)
     LOSSES[name][0](student, teacher, backend=backend).backward()
     assert asked == [name != "forward_kl"]

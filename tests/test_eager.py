@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from akl_triton import eager, workers
+from akl_triton.kernels.layout import STATISTICS
 from akl_triton.reference import (
     Head,
     Ties,
@@ -24,7 +25,7 @@ from akl_triton.reference import (
     reference_adaptive_kl,
     shared_vocabulary,
 )
-from akl_triton.rows import STATS, LogitMap, RowResult
+from akl_triton.rows import LogitMap, RowResult
 from tests.boundary import acceptable_heads, assert_head_matches
 
 INF = math.inf
@@ -80,19 +81,19 @@ def run(
     teacher: Tensor,
     options: Options = DEFAULTS,
     *,
-    counted: Tensor | None = None,
+    valid: Tensor | None = None,
     weight: float | None = None,
     upstream: Tensor | None = None,
 ) -> tuple[RowResult, Tensor]:
     """Forward, then backward. Outputs start as NaN, so what is not written shows."""
-    result = eager.forward(student, teacher, counted, weight=weight, **options._asdict())
+    result = eager.forward(student, teacher, valid, weight=weight, **options._asdict())
     grad = torch.full_like(student, torch.nan)
     upstream = torch.ones(1).expand(len(student)) if upstream is None else upstream
     eager.backward(
         upstream,
         student,
         teacher,
-        counted,
+        valid,
         result.state,
         temperature=options.temperature,
         out=grad,
@@ -145,13 +146,13 @@ def assert_no_further(
 
 def check(student: Tensor, teacher: Tensor, options: Options = DEFAULTS) -> None:
     result, grad = run(student, teacher, options)
-    stats = dict(zip(STATS, result.stats.unbind(-1), strict=True))
+    stats = dict(zip(STATISTICS, result.stats.unbind(-1), strict=True))
     assert_head_matches(
         student,
         teacher,
         head_size=stats["head_size"],
         head_mass=stats["head_mass"],
-        head_weight=stats["head_weight"],
+        forward_weight=stats["forward_weight"],
         **options._asdict(),
     )
 
@@ -159,11 +160,11 @@ def check(student: Tensor, teacher: Tensor, options: Options = DEFAULTS) -> None
         reference_adaptive_kl(student, teacher, temperature=options.temperature, weight=weight)
         for weight in (1.0, 0.0)
     )
-    assert not (stats["head_weight"] > 1.0).any()
+    assert not (stats["forward_weight"] > 1.0).any()
     # Where the gap is rounding, so is the weight; but then it must hardly matter.
-    w = stats["head_weight"].double()
+    w = stats["forward_weight"].double()
     accepted = acceptable_heads(student, teacher, **options._asdict())
-    drift = (w - accepted.head_weight_at(stats["head_size"])).abs()
+    drift = (w - accepted.forward_weight_at(stats["head_size"])).abs()
     exact_loss = w * forward.loss + (1.0 - w) * reverse.loss
     exact_grad = w[:, None] * forward.grad + (1.0 - w[:, None]) * reverse.grad
     assert (drift * (forward.loss - reverse.loss).abs() <= EPSILON * (1.0 + exact_loss)).all()
@@ -298,7 +299,7 @@ def test_without_looking(dtype: torch.dtype, forbidden: bool) -> None:
 
 
 @pytest.mark.usefixtures("no_looking")
-def test_uncounted_rows_without_looking() -> None:
+def test_invalid_rows_without_looking() -> None:
     check_uncounted([True, False, True, True, False, True])
 
 
@@ -313,28 +314,28 @@ def test_uncounted_rows_without_looking() -> None:
     ],
     ids=lambda pattern: "".join("01"[counts] for counts in pattern),
 )
-def test_uncounted_rows(pattern: list[bool]) -> None:
+def test_invalid_rows(pattern: list[bool]) -> None:
     check_uncounted(pattern)
 
 
 def check_uncounted(pattern: list[bool]) -> None:
     """They are exactly zero whatever they hold; the others are as if they were alone."""
-    counted = torch.tensor(pattern)
+    valid = torch.tensor(pattern)
     student, teacher = rows_of_every_kind(3000, seed=11)
     student, teacher = student[:6].clone(), teacher[:6].clone()
-    student[~counted, 5], teacher[~counted, 7] = torch.nan, INF
+    student[~valid, 5], teacher[~valid, 7] = torch.nan, INF
     upstream = torch.randn(6, generator=generator(12))
-    result, grad = run(student, teacher, counted=counted, upstream=upstream)
-    alone, alone_grad = run(student[counted], teacher[counted], upstream=upstream[counted])
+    result, grad = run(student, teacher, valid=valid, upstream=upstream)
+    alone, alone_grad = run(student[valid], teacher[valid], upstream=upstream[valid])
     for ours, expected in ((result.loss, alone.loss), (result.stats, alone.stats)):
-        assert (ours[~counted] == 0.0).all()
-        torch.testing.assert_close(ours[counted], expected, rtol=1e-6, atol=1e-6)
-    assert (grad[~counted] == 0.0).all()
-    torch.testing.assert_close(grad[counted], alone_grad, rtol=1e-6, atol=1e-9)
+        assert (ours[~valid] == 0.0).all()
+        torch.testing.assert_close(ours[valid], expected, rtol=1e-6, atol=1e-6)
+    assert (grad[~valid] == 0.0).all()
+    torch.testing.assert_close(grad[valid], alone_grad, rtol=1e-6, atol=1e-9)
 
     out = student.clone()
     together = eager.forward_with_gradient(
-        out, teacher, counted, upstream, weight=None, out=out, **DEFAULTS._asdict()
+        out, teacher, valid, upstream, weight=None, out=out, **DEFAULTS._asdict()
     )
     assert torch.equal(out, grad) and torch.equal(together.loss, result.loss)
 
@@ -362,8 +363,8 @@ def test_student_equal_to_teacher(dtype: torch.dtype) -> None:
     teacher = teacher.to(dtype)
     result, grad = run(teacher.clone(), teacher)
     assert (result.loss == 0.0).all()
-    stats = dict(zip(STATS, result.stats.unbind(-1), strict=True))
-    assert (stats["head_weight"] == 0.5).all() and (stats["gap"] == 0.0).all()
+    stats = dict(zip(STATISTICS, result.stats.unbind(-1), strict=True))
+    assert (stats["forward_weight"] == 0.5).all() and (stats["gap"] == 0.0).all()
     assert grad.abs().max() <= 1e-7
 
 
@@ -375,9 +376,9 @@ def test_fixed_weight(weight: float) -> None:
     exact = reference_adaptive_kl(student, teacher, weight=weight)
     torch.testing.assert_close(result.loss.double(), exact.loss, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(grad.double(), exact.grad, rtol=1e-5, atol=1e-6)
-    stats = dict(zip(STATS, result.stats.unbind(-1), strict=True))
+    stats = dict(zip(STATISTICS, result.stats.unbind(-1), strict=True))
     torch.testing.assert_close(stats["gap"].double(), exact.gap, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(stats["head_weight"], torch.full((10,), weight))
+    torch.testing.assert_close(stats["forward_weight"], torch.full((10,), weight))
     assert stats["head_mass"].isnan().all() and stats["head_size"].isnan().all()
 
 
@@ -427,13 +428,13 @@ def test_mapped_logits(maps: str, dtype: torch.dtype) -> None:
     def head(s: Tensor, t: Tensor) -> RowResult:
         return eager.forward(s, t, None, weight=None, **DEFAULTS._asdict(), **arguments)
 
-    ours = dict(zip(STATS, head(student, teacher).stats.unbind(-1), strict=True))
+    ours = dict(zip(STATISTICS, head(student, teacher).stats.unbind(-1), strict=True))
     assert_head_matches(
         student,
         teacher,
         head_size=ours["head_size"],
         head_mass=ours["head_mass"],
-        head_weight=ours["head_weight"],
+        forward_weight=ours["forward_weight"],
         **flat,
     )
     broken = head(broken_student, broken_teacher)
@@ -504,14 +505,14 @@ def test_defaults_of_pytorch_change_nothing(default: torch.dtype | str, forbidde
         (DEFAULTS, {}),
         (Options(0.9, 2.0, "inclusive", "average"), maps),
     ]
-    counted = torch.arange(10) % 4 > 0
+    valid = torch.arange(10) % 4 > 0
 
     def every_output() -> list[Tensor]:
         outputs: list[Tensor] = []
         for options, of in settings:
             out = student.clone()
             result = eager.forward_with_gradient(
-                out, teacher, counted, upstream, weight=None, out=out, **options._asdict(), **of
+                out, teacher, valid, upstream, weight=None, out=out, **options._asdict(), **of
             )
             fixed = eager.forward(student, teacher, None, weight=0.3, **options._asdict(), **of)
             grad = torch.empty_like(student)
@@ -587,7 +588,7 @@ def test_temporaries_stay_within_the_budget(
     monkeypatch.setattr(eager, "TEMPORARY_BYTES", budget)
     monkeypatch.setattr(eager, "_sync_is_free", lambda x: looking)
     student, teacher = torch.randn(2, 48, 32000, generator=generator(22)).half()
-    counted = None
+    valid = None
     if kind == "equal":
         teacher.fill_(1.0)
     elif kind == "two values":
@@ -595,13 +596,13 @@ def test_temporaries_stay_within_the_budget(
     elif kind == "forbidden":
         teacher[:, ::2], student[:, ::3] = -INF, -INF
     elif kind == "scattered":
-        counted = torch.arange(48) % 3 > 0
+        valid = torch.arange(48) % 3 > 0
     grad = torch.empty_like(student)
 
     def both_ways() -> None:
-        result = eager.forward(student, teacher, counted, weight=None, **DEFAULTS._asdict())
+        result = eager.forward(student, teacher, valid, weight=None, **DEFAULTS._asdict())
         eager.backward(
-            torch.ones(48), student, teacher, counted, result.state, temperature=1.0, out=grad
+            torch.ones(48), student, teacher, valid, result.state, temperature=1.0, out=grad
         )
 
     peak = peak_temporaries(both_ways, monkeypatch)
@@ -738,11 +739,11 @@ def test_dyadic_masses_have_one_head(size: int, head: Head, ties: Ties) -> None:
         result = eager.forward(
             student, teacher, None, mu=mu, temperature=1.0, head=head, ties=ties, weight=None
         )
-        stats = dict(zip(STATS, result.stats[0].tolist(), strict=True))
+        stats = dict(zip(STATISTICS, result.stats[0].tolist(), strict=True))
         assert stats["head_size"] == j
         assert stats["head_mass"] == mu
         expected = reference_adaptive_kl(student, teacher, mu=mu, head=head, ties=ties)
-        assert stats["head_weight"] == pytest.approx(expected.head_weight.item(), rel=1e-5)
+        assert stats["forward_weight"] == pytest.approx(expected.forward_weight.item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("head", ["exclusive", "inclusive"])
@@ -752,7 +753,7 @@ def test_a_head_has_at_least_one_token(head: Head) -> None:
     result = eager.forward(
         student, teacher, None, mu=1e-6, temperature=1.0, head=head, ties="stable", weight=None
     )
-    assert dict(zip(STATS, result.stats[0].tolist(), strict=True))["head_size"] == 1
+    assert dict(zip(STATISTICS, result.stats[0].tolist(), strict=True))["head_size"] == 1
 
 
 # ---- rounding
@@ -784,7 +785,7 @@ def test_a_head_of_half_a_million_tokens() -> None:
         ties="stable",
         weight=None,
     )
-    size = dict(zip(STATS, result.stats[0].tolist(), strict=True))["head_size"]
+    size = dict(zip(STATISTICS, result.stats[0].tolist(), strict=True))["head_size"]
     heads = acceptable_heads(student, teacher)
     assert heads.min_size.item() <= size <= heads.max_size.item()
 
@@ -949,5 +950,5 @@ def test_a_sample_that_misleads_costs_few_sweeps(top: float) -> None:
     finally:
         torch.set_num_threads(threads)
     expected = reference_adaptive_kl(student, teacher)
-    assert result.stats[0, STATS.index("head_size")] == expected.head_size
+    assert result.stats[0, STATISTICS.index("head_size")] == expected.head_size
     assert 0 < sweeps <= 12

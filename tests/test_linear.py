@@ -109,15 +109,15 @@ def random_like(x: Tensor, seed: int = 1) -> Tensor:
 
 
 def oracle(
-    case: Case, upstream: Tensor, counted: Tensor | None = None, **options: Any
+    case: Case, upstream: Tensor, valid: Tensor | None = None, **options: Any
 ) -> tuple[Tensor, list[Tensor]]:
     """(loss of every token [N], gradients of sum upstream * loss), float64, through the logits."""
     h, w, ht, wt, b, bt = (x.detach().double().cpu() for x in case)
     h, ht = h.reshape(-1, H_S), ht.reshape(-1, H_T)
     result = reference_adaptive_kl(F.linear(h, w, b), F.linear(ht, wt, bt), **options)
     up = upstream.double().cpu().reshape(-1, 1)
-    if counted is not None:
-        up = up * counted.cpu().reshape(-1, 1)
+    if valid is not None:
+        up = up * valid.cpu().reshape(-1, 1)
     ds = result.grad * up
     gradients = [(ds @ w).view(case.student_hidden.shape), ds.t() @ h, ds.sum(0)]
     return result.loss, gradients
@@ -165,13 +165,13 @@ def test_the_loss_is_the_oracles(backend, device, options_of, reduction):
         **rule,
         **options,
     )
-    counted = torch.ones(SHAPE, dtype=torch.bool)
+    valid = torch.ones(SHAPE, dtype=torch.bool)
     if not plain:
-        counted = F.pad(some_labels()[:, 1:], (0, 1), value=IGNORED) != IGNORED
-    factor = (1.0 if plain else 4.0) / (counted.sum().item() if reduction == "mean" else 1)
+        valid = F.pad(some_labels()[:, 1:], (0, 1), value=IGNORED) != IGNORED
+    factor = (1.0 if plain else 4.0) / (valid.sum().item() if reduction == "mean" else 1)
     upstream = factor * random_like(loss).expand(SHAPE)
-    rows, expected = oracle(case, upstream, counted, **rule)
-    rows = factor * rows.view(SHAPE) * counted
+    rows, expected = oracle(case, upstream, valid, **rule)
+    rows = factor * rows.view(SHAPE) * valid
     assert_near(loss, rows if reduction == "none" else rows.sum(), "loss")
     for name, ours, exact in zip(("hidden", "weight", "bias"), gradients, expected, strict=True):
         assert_near(ours, exact, name)
@@ -680,15 +680,15 @@ def test_opcheck(backend, device, per_token):
         case.teacher_weight,
         None,
     )
-    counted = torch.arange(21, device=device) % 3 != 0
+    valid = torch.arange(21, device=device) % 3 != 0
     rule = ops.Rule(0.5, 1.0, "exclusive", "stable", None, None, None, 1.0, 1.0)
     plan = linear._Plan(FP32, FP32, FP32, 4 * ROW_BYTES, True, True, True, backend)
     leaves = *(x.clone().requires_grad_() for x in cast(tuple[Tensor, ...], flat[:3])), *flat[3:]
     upstream = torch.linspace(-1, 1, 21, device=device)
     factor = torch.tensor(0.7, device=device)
     calls: list[tuple[Any, tuple[Any, ...]]] = [
-        (linear.linear_divergence, (*leaves, counted, factor, *rule, *plan, per_token, per_token)),
-        (linear.linear_divergence_backward, (upstream, *flat, counted, factor, *rule, *plan)),
+        (linear.linear_divergence, (*leaves, valid, factor, *rule, *plan, per_token, per_token)),
+        (linear.linear_divergence_backward, (upstream, *flat, valid, factor, *rule, *plan)),
         (linear.scaled, (flat[0], upstream if per_token else upstream[1], BF16)),
     ]
     for operator, arguments in calls:

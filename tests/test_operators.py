@@ -28,16 +28,16 @@ def make_logits(device: torch.device, dtype: torch.dtype = torch.float32) -> tup
 def test_opcheck(backend: Backend, device: torch.device, masked: bool) -> None:
     """The dtype only matters to what is allocated: each backend is given another."""
     student, teacher = make_logits(device, torch.bfloat16 if backend == "torch" else torch.float32)
-    counted = torch.arange(6, device=device) != 2 if masked else None
+    valid = torch.arange(6, device=device) != 2 if masked else None
     upstream = torch.linspace(-1.0, 1.0, 6, device=device)
     leaf = student.clone().requires_grad_()
-    inputs = student, teacher, counted
+    inputs = student, teacher, valid
     rule = (*RULE, masked, backend)  # with statistics where masked
     of_backward = RULE.temperature, *RULE[4:], backend
     _, state, _ = ops.divergence(*inputs, *rule)
     calls: list[tuple[Any, tuple[Any, ...]]] = [
         (ops.divergence, (*inputs, *rule)),
-        (ops.divergence, (leaf, teacher, counted, *rule)),
+        (ops.divergence, (leaf, teacher, valid, *rule)),
         (ops.divergence_backward, (upstream, *inputs, state, *of_backward)),
         (
             ops.divergence_with_gradient,
@@ -141,8 +141,8 @@ def test_every_output_is_written(
         torch, "empty", lambda *shape, **options: empty(*shape, **options).fill_(torch.nan)
     )
     student, teacher = make_logits(device)
-    counted = torch.arange(6, device=device) != 2
-    inputs = student, teacher, counted
+    valid = torch.arange(6, device=device) != 2
+    inputs = student, teacher, valid
     loss, state, stats = ops.divergence(*inputs, *RULE, True, backend)
     gradient = ops.divergence_backward(
         torch.ones(6, device=device), *inputs, state, RULE.temperature, *RULE[4:], backend

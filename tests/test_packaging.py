@@ -88,7 +88,7 @@ def test_import_loads_nothing_heavy_but_torch() -> None:
 import sys, torch
 before = set(sys.modules)
 import akl_triton
-heavy = {"triton", "numpy", "rich", "matplotlib", "transformers", "akl_triton.kernels.pipeline"}
+heavy = {"triton", "numpy", "rich", "matplotlib", "transformers", "akl_triton.kernels.launch"}
 print(sorted(heavy & (set(sys.modules) - before)))
 """
     assert python(script) == "[]"

@@ -39,7 +39,7 @@ def test_one_row_by_hand() -> None:
         "gap": 0.4,
         "g_head": 0.3,
         "g_tail": 0.1,
-        "head_weight": w,
+        "forward_weight": w,
         "head_mass": 0.9,
         "head_size": 2.0,
         "loss": w * forward + (1 - w) * reverse,
@@ -173,7 +173,7 @@ def test_closed_form_gradient(case: str, temperature: float) -> None:
     teacher = forbid(random_logits(1, v_t, seed=6), not_teacher)
     weight = reference_adaptive_kl(
         forbid(random_logits(1, v_s, seed=7), not_student), teacher
-    ).head_weight.item()
+    ).forward_weight.item()
     # Finite differences need finite numbers: the forbidden tokens are put in behind them.
     allowed = [token for token in range(v_s) if token not in not_student]
     free = random_logits(1, v_s, seed=7)[:, allowed].requires_grad_()
@@ -215,7 +215,7 @@ def test_closed_form_gradient_of_mapped_logits(maps: str) -> None:
     names = ("student_softcap", "teacher_softcap", "student_logit_scale", "teacher_logit_scale")
     options: dict[str, Any] = dict(zip(names, MAPS[maps], strict=True)) | {"temperature": 1.5}
     student, teacher = random_logits(1, 7, seed=20), forbid(random_logits(1, 7, seed=21), [2])
-    options["weight"] = reference_adaptive_kl(student, teacher, **options).head_weight.item()
+    options["weight"] = reference_adaptive_kl(student, teacher, **options).forward_weight.item()
 
     class Mapped(torch.autograd.Function):
         @staticmethod
@@ -297,7 +297,7 @@ def test_student_equal_to_teacher() -> None:
     result = reference_adaptive_kl(logits, logits.clone())
     for name in ("forward_kl", "reverse_kl", "gap", "loss"):
         assert (getattr(result, name) == 0.0).all(), name
-    assert (result.head_weight == 0.5).all()
+    assert (result.forward_weight == 0.5).all()
     assert result.grad.abs().max() < 1e-16
 
 
@@ -337,7 +337,7 @@ def claims(
     ties: Ties = "stable",
 ) -> dict[str, Any]:
     result = reference_adaptive_kl(student, teacher, mu=mu, head=head, ties=ties)
-    return {name: getattr(result, name) for name in ("head_size", "head_mass", "head_weight")}
+    return {name: getattr(result, name) for name in ("head_size", "head_mass", "forward_weight")}
 
 
 @pytest.mark.parametrize("ties", ["stable", "average"])
@@ -347,7 +347,7 @@ def test_boundary_rule_takes_the_oracle_and_nothing_else(head: Head, ties: Ties)
     teacher[4, 3] = float("nan")
     claim = claims(student, teacher, head=head, ties=ties)
     assert_head_matches(student, teacher, head=head, ties=ties, **claim)
-    for name, error in (("head_size", 1.0), ("head_mass", 1e-5), ("head_weight", 1e-4)):
+    for name, error in (("head_size", 1.0), ("head_mass", 1e-5), ("forward_weight", 1e-4)):
         wrong = {**claim, name: claim[name] + error}
         with pytest.raises(AssertionError, match=name):
             assert_head_matches(student, teacher, head=head, ties=ties, **wrong)

@@ -203,7 +203,7 @@ def make_inputs(case: Case) -> tuple[Tensor, Tensor, Tensor]:
 
 def compare(case: Case, student: Tensor, teacher: Tensor, labels: Tensor, backend: str) -> Result:
     """The worst over the rows of one case: forward, backward, and the gradient in place."""
-    counted = labels != IGNORED
+    valid = labels != IGNORED
     upstream = torch.linspace(-1.0, 2.0, len(labels))
     evaluate = through_heads if case.loss.startswith("linear_") else on_logits
     outcome = evaluate(case, student, teacher, labels.to(student.device), upstream, backend)
@@ -211,12 +211,12 @@ def compare(case: Case, student: Tensor, teacher: Tensor, labels: Tensor, backen
     expected = at_the_head_taken(case, student.cpu(), teacher.cpu(), outcome.head_size.cpu())
     expected_gradient = upstream[:, None] * expected.gradient
     rounding = torch.finfo(student.dtype).eps
-    scale = torch.where(counted, 1.0 + expected.loss.abs(), 1.0)
+    scale = torch.where(valid, 1.0 + expected.loss.abs(), 1.0)
     loss_error = worst(
-        (outcome.loss.cpu() / scale)[:, None], (expected.loss / scale)[:, None], counted, 0.0
+        (outcome.loss.cpu() / scale)[:, None], (expected.loss / scale)[:, None], valid, 0.0
     )
     gradient_errors = [
-        worst(gradient.cpu(), expected_gradient, counted, rounding * expected_gradient.abs())
+        worst(gradient.cpu(), expected_gradient, valid, rounding * expected_gradient.abs())
         for gradient in outcome.gradients
     ]
     if outcome.hidden_gradient is not None:
@@ -224,9 +224,9 @@ def compare(case: Case, student: Tensor, teacher: Tensor, labels: Tensor, backen
         weight = student.cpu().double().t() / size
         stored = max(rounding, PRODUCT_LIMIT) * (expected_gradient.abs() @ weight.abs())
         actual = outcome.hidden_gradient.cpu() / size
-        gradient_errors.append(worst(actual, expected_gradient @ weight, counted, stored))
+        gradient_errors.append(worst(actual, expected_gradient @ weight, valid, stored))
     return Result(
-        loss_error, max(gradient_errors), wrong_heads=int((expected.wrong_head & counted).sum())
+        loss_error, max(gradient_errors), wrong_heads=int((expected.wrong_head & valid).sum())
     )
 
 
@@ -295,12 +295,12 @@ def through_heads(
     return Outcome(loss.detach(), stats.head_size, [late, up[:, None] * of_sum], hidden_gradient)
 
 
-def worst(actual: Tensor, exact: Tensor, counted: Tensor, allowed: Tensor | float) -> float:
+def worst(actual: Tensor, exact: Tensor, valid: Tensor, allowed: Tensor | float) -> float:
     """Largest error in [N, K] beyond what is allowed; ignored rows must be 0."""
     error = (actual - exact).abs() - allowed
     error = torch.where(actual.isnan() & exact.isnan(), 0.0, error).nan_to_num(torch.inf)
     ignored = torch.where(actual == 0, 0.0, torch.inf)
-    return float(torch.where(counted[:, None], error, ignored).max().clamp(min=0.0))
+    return float(torch.where(valid[:, None], error, ignored).max().clamp(min=0.0))
 
 
 class Expected(NamedTuple):

@@ -203,7 +203,7 @@ def evaluate(
         tokens += ids[:, 1:].numel()
         forward += stats.forward_kl.sum().item()
         reverse += stats.reverse_kl.sum().item()
-        head_gap += (stats.head_weight * stats.gap).sum().item()
+        head_gap += (stats.forward_weight * stats.gap).sum().item()
         gap += stats.gap.sum().item()
     return Point(step, name, forward / tokens, reverse / tokens, head_gap / gap)
 

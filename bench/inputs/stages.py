@@ -1,15 +1,16 @@
 """The stages of a row in our kernels, and the kernels that a call launches.
 
-A stage is stored, and stands in tables, by a letter or a word.
+A stage stands in results and tables by its name.
 """
 
 from __future__ import annotations
 
-STATISTICS, BOUNDARY, DIVERGENCE, GRADIENT = "A", "R", "B", "C"
+STATISTICS, BOUNDARY = "statistics", "boundary"
+DIVERGENCE, GRADIENT = "divergence", "gradient"
 # A part of the boundary: the search for the cut in a group of ties, which has no exps.
 CUT = "cut"
 # A loop of a peer that gives loss and gradient.
-DIVERGENCE_AND_GRADIENT = "BC"
+DIVERGENCE_AND_GRADIENT = "divergence and gradient"
 
 # The device function of a stage, and the logits that it reads per position.
 FUNCTIONS = {

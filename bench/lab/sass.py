@@ -71,10 +71,6 @@ class Loop:
     straight: Mix | None
     sources: Mapping[Line, int]  # instructions by line of the source
 
-    def instructions_from(self, file: str) -> int:
-        """How many of the body's instructions come from a source file, such as ``head.py``."""
-        return sum(count for (path, _), count in self.sources.items() if Path(path).name == file)
-
     def steps(self, bytes_per_step: float) -> int:
         """How many iterations of the source's loop one trip makes: the compiler may have unrolled.
 
@@ -132,19 +128,6 @@ class KernelCode:
             if counts:
                 by_function[max(names, key=lambda name: counts[name])] += (loop,)
         return by_function
-
-    def loops_by_file(self, files: Sequence[str]) -> dict[str, tuple[Loop, ...]]:
-        """The innermost loops, by that one of ``files`` that gives most of their instructions.
-
-        With a file per stage, these are the loops of the stages; what a loop has from files not
-        named (shared helpers, Triton's library) does not decide.
-        """
-        by_file: dict[str, tuple[Loop, ...]] = {file: () for file in files}
-        for loop in self.innermost_loops:
-            most = max(files, key=loop.instructions_from)
-            if loop.instructions_from(most):
-                by_file[most] += (loop,)
-        return by_file
 
 
 def analyse(kernel: CompiledKernel) -> KernelCode:

@@ -202,7 +202,7 @@ def markdown(data: dict[str, Any]) -> str:
         "later sweeps of a kernel served by the L2, to: with all served by memory. Bytes, exps and "
         "instructions are per vocabulary position; bytes likewise with the L2 to without. Of what "
         "PyTorch runs (the eager rows; softmax and scaling around Liger's kernels) only bytes are "
-        "known, so that those floors are low. The scans of stage R are those of real logits "
+        "known, so that those floors are low. The scans for the boundary are those of real logits "
         "(`python -m bench traffic`): "
         + ", ".join(f"{sum(of.values()):.2f} at T = {t}" for t, of in data["scans"].items())
         + ". What operators move (`python -m bench operators`) was counted at V = "

@@ -199,9 +199,9 @@ def launched_with(launch: Launch | None) -> Iterator[None]:
     if launch is None:
         yield
         return
-    from akl_triton.kernels import pipeline
+    from akl_triton.kernels import launch as launchers
 
-    with mock.patch.object(pipeline, "launch_for", lambda *_: launch):
+    with mock.patch.object(launchers, "launch_for", lambda *_: launch):
         yield
 
 

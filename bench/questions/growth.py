@@ -164,8 +164,8 @@ def markdown(data: dict[str, Any]) -> str:
             "",
             f"Over V, {of_v[0]['rows']} real rows resampled (synthetic). With a fixed weight there "
             "are three sweeps and no head. The adaptive weight adds the search for the head, which "
-            "depends on the logits. In short rows what is done once a row shows: stage A reads the "
-            "first block twice, every lane of stage C loads the row's numbers.",
+            "depends on the logits. In short rows what is done once a row shows: the statistics "
+            "read the first block twice, every lane of the gradient loads the row's numbers.",
             "",
             "| V | fixed weight: bytes | instructions | adaptive: bytes | instructions |",
             "| ---: | ---: | ---: | ---: | ---: |",

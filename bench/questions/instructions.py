@@ -99,7 +99,7 @@ class KernelCost:
 
     @property
     def per_position(self) -> float:
-        """Instructions per position of stages A, B and C, which sweep a row once."""
+        """Instructions per position of the stages that sweep a row once."""
         return sum(stage.per_position for stage in self.stages if stage.stage not in SEARCHES)
 
 
@@ -385,11 +385,20 @@ def _as_json(cost: KernelCost) -> dict[str, Any]:
 
 
 COLUMNS = (
-    *("loss", "kernel", "V", "A", "B", "C", "A + B + C", "R, cut", "exps", "widths", "of R, cut"),
-    *("barriers, shuffles", "local", "stack", "registers", "shared", "blocks an SM"),
+    *("loss", "kernel", "V", STATISTICS, DIVERGENCE, GRADIENT, "sum", "boundary, cut", "exps"),
+    *(
+        "widths",
+        "of boundary, cut",
+        "barriers, shuffles",
+        "local",
+        "stack",
+        "registers",
+        "shared",
+        "blocks an SM",
+    ),
 )
 PEER_COLUMNS = (
-    *("loss", "computes", "V", "tiles", "A", "B", "C", "all", "exps"),
+    *("loss", "computes", "V", "tiles", STATISTICS, DIVERGENCE, GRADIENT, "all", "exps"),
     *("barriers, shuffles", "stack", "registers", "blocks an SM"),
 )
 
@@ -398,15 +407,15 @@ def markdown(data: dict[str, Any]) -> str:
     ours, peers = data["ours"], data["peers"]
     return "\n\n".join(
         [
-            "Instructions per vocabulary position, one (teacher, student) pair of logits. Stages: "
-            "A row statistics, R head boundary and the cut in a group of ties (a few scans of the "
-            "teacher's row each, or none, hence apart), B divergence, C gradient. `forward with "
-            "gradient` is A R B C in one launch, which `inplace=True` makes; the other two are the "
-            "default. Widths: bytes of the global loads / stores in the loops over full blocks. "
-            "Where a loop chooses between ways, such as those of full and of edge blocks, all of "
-            "them count. Barriers, shuffles: in the loops of A, B and C, a trip. Local: "
-            "local-memory instructions in the whole kernel. Stack and shared memory in bytes, "
-            "registers a thread.",
+            "Instructions per vocabulary position, one (teacher, student) pair of logits. The sum "
+            "is that of statistics, divergence and gradient. The head's boundary and the cut in a "
+            "group of ties stand apart: they scan the teacher's row a few times, or never. "
+            "`forward with gradient` is all stages in one launch, which `inplace=True` makes; the "
+            "other two kernels are the default. Widths: bytes of the global loads / stores in the "
+            "loops over full blocks. Where a loop chooses between ways, such as those of full and "
+            "of edge blocks, all of them count. Barriers, shuffles: per trip of the loops in the "
+            "sum. Local: local-memory instructions in the whole kernel. Stack and shared memory in "
+            "bytes, registers per thread.",
             f"### Ours on {MAIN_TARGET}, bf16",
             table(COLUMNS, _our_rows(filter(_is_main, ours)), texts=3),
             "### Ours on other GPUs, and in other dtypes",
@@ -480,7 +489,7 @@ def _vocabularies(sizes: Iterable[int]) -> str:
 
 
 def _sum(cost: Mapping[str, Any], what: str) -> float:
-    """Of stages A, B and C, per position."""
+    """The sum over the stages that sweep a row once, per position."""
     return float(
         sum(s[what] / s["positions"] for s in cost["stages"] if s["stage"] not in SEARCHES)
     )

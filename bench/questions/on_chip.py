@@ -2,9 +2,9 @@
 # mypy: ignore-errors
 """`python -m bench on_chip`: a trial, compiled and never run, of a row that stays in registers.
 
-Packed words of two bf16 logits are read once and held through stages A, B and C; what they weigh in
-registers, and what the arithmetic costs, is all that is asked of it. R, the edges of a row and ties
-are left out. See NOTES.md for why the kernels do not do this.
+Packed words of two bf16 logits are read once and held through statistics, divergence and gradient;
+what they weigh in registers, and what the arithmetic costs, is all that is asked of it. The head's
+boundary, the edges of a row and ties are left out. See NOTES.md for why the kernels do not do this.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def on_chip_kernel(
     WORDS: tl.constexpr,  # of a part
     PARTS: tl.constexpr,
 ):  # fmt: skip
-    """Stages A, B, C of one row of 2 WORDS PARTS logits."""
+    """Statistics, divergence and gradient of one row of 2 WORDS PARTS logits."""
     row = tl.program_id(0).to(tl.int64)
     start = row * (V // 2) + tl.arange(0, WORDS)
     ts = ()

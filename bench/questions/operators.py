@@ -79,7 +79,7 @@ def _torch_backend(student: Tensor, teacher: Tensor) -> None:
     result = eager.forward(
         student,
         teacher,
-        counted=None,
+        valid=None,
         mu=0.5,
         temperature=1.0,
         head="exclusive",
@@ -92,7 +92,7 @@ def _torch_backend(student: Tensor, teacher: Tensor) -> None:
         upstream,
         student,
         teacher,
-        counted=None,
+        valid=None,
         state=result.state,
         temperature=1.0,
         out=gradient,

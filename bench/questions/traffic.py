@@ -8,7 +8,7 @@ unless they say "row". There is no cache in this count: what the L2 saves is not
     sectors        bytes of the distinct 32-byte sectors of each request
     compulsory     bytes of the distinct sectors that a launch touches: each read and written once
     instructions   dynamic PTX instructions of one lane: 32 x those of the warps, over positions
-    scans          readings of the teacher's row by stage R, in rows
+    scans          readings of the teacher's row for the boundary, in rows
 """
 
 from __future__ import annotations
@@ -89,11 +89,11 @@ def per_position(counts: Totals, student: Tensor) -> Totals:
 
 
 def scans(student: Tensor, teacher: Tensor, temperature: float) -> dict[str, list[float]]:
-    """How much of the teacher's row stage R reads, row by row, in rows.
+    """How much of the teacher's row is read for the boundary, row by row, in rows.
 
     It is what the adaptive forward reads more than the forward of a fixed weight, which is the same
     but for the head. "boundary" is that of ties="average"; "cut" is what ties="stable" adds, the
-    second look that stage B takes at the block of the cut included.
+    second look that the divergence takes at the block of the cut included.
     """
     row_bytes = teacher.shape[1] * teacher.element_size()
     found: dict[str, list[float]] = {"boundary": [], "cut": []}
@@ -214,8 +214,8 @@ def markdown(data: dict[str, Any]) -> str:
             "",
             "Per vocabulary position: bytes read and written, without a cache; those of the "
             + "32-byte sectors of each request; those of every sector once a launch (compulsory); "
-            + "PTX instructions of a lane. Per row: scans of the teacher's row by stage R, barriers"
-            + " and divergent basic blocks of forward and backward.",
+            + "PTX instructions of a lane. Per row: scans of the teacher's row for the boundary, "
+            + "barriers and divergent basic blocks of forward and backward.",
         ]
     )
 

@@ -34,7 +34,7 @@ def goals() -> list[Goal]:
     """All goals, in the order of the stages."""
     return [
         Goal(
-            "instructions a position, A + B + C, adaptive_kl, sm_90, bf16, every V",
+            "instructions a position, adaptive_kl, sm_90, bf16, every V",
             *("instructions", lambda data: _dearest(data, "adaptive_kl", "instructions"), 40.0),
             digits=1,
         ),
@@ -56,7 +56,7 @@ def goals() -> list[Goal]:
             *("instructions", lambda data: _worst(data, "stack_bytes"), 0.0),
         ),
         Goal(
-            "least width of a load or store in full blocks of A, B, C, R, bytes",
+            "least width of a load or store in full blocks, bytes",
             *("instructions", _least_width, 16.0),
             at_least=True,
         ),
@@ -84,7 +84,7 @@ def goals() -> list[Goal]:
         ),
         *(
             Goal(
-                f"scans of the teacher's row by stage R, mean, real logits, T = {temperature:g}",
+                f"scans for the boundary, mean, real logits, T = {temperature:g}",
                 *("traffic", _scans_at(temperature), limit),
                 digits=2,
             )

@@ -50,7 +50,7 @@ def test_there_are_instruments() -> None:
     "source",
     [
         "import akl_triton",
-        "def f():\n    from akl_triton.kernels import pipeline",
+        "def f():\n    from akl_triton.kernels import launch",
         "from kernels import head",
         "import kernels.head as h",
         "from ..inputs import peers",

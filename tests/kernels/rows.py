@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from akl_triton.kernels import pipeline
+from akl_triton.kernels import launch
 from akl_triton.reference import Head, Ties, mapped_logits, reference_adaptive_kl
 from tests.boundary import acceptable_heads, assert_head_matches
 from tests.kernels.conftest import INTERPRETER
@@ -74,7 +74,7 @@ def run(
     student: Tensor,
     teacher: Tensor,
     *,
-    counted: Tensor | None = None,
+    valid: Tensor | None = None,
     upstream: Tensor | None = None,
     mu: float = 0.5,
     temperature: float = 1.0,
@@ -96,10 +96,10 @@ def run(
     state = torch.full((n, 8), torch.nan, device=device)
     gradient = torch.full(student.shape, torch.nan, dtype=student.dtype, device=device)
     written = gradient[None] if in_one_launch else None
-    pipeline.forward(
+    launch.forward(
         student[None],
         teacher[None],
-        counted,
+        valid,
         loss,
         None if in_one_launch else state,
         stats if statistics else None,
@@ -113,11 +113,11 @@ def run(
         **maps,
     )
     if not in_one_launch:
-        pipeline.backward(
+        launch.backward(
             gradient[None],
             student[None],
             teacher[None],
-            counted,
+            valid,
             state,
             upstream,
             temperature=temperature,
@@ -151,10 +151,10 @@ def assert_right(
             teacher,
             head_size=stats[:, 4],
             head_mass=stats[:, 3],
-            head_weight=stats[:, 2],
+            forward_weight=stats[:, 2],
             **rule,
         )
-        w = acceptable_heads(student, teacher, **rule).head_weight_at(stats[:, 4].double())
+        w = acceptable_heads(student, teacher, **rule).forward_weight_at(stats[:, 4].double())
         # Where p and q differ by no more than rounding, any weight is as good; ours is the test's.
         w = torch.where(stats[:, 5] < 1e-5, stats[:, 2].double(), w)
     else:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from akl_triton.kernels import pipeline
+from akl_triton.kernels import launch
 from bench.lab.ptxcpu import virtual_tensor
 from tests.kernels.rows import KINDS, assert_right, make_rows, run
 
@@ -41,9 +41,9 @@ def test_offsets_beyond_int32(device: torch.device, mode: str) -> None:
     near = run(student, teacher)
     loss, state = torch.full((2,), torch.nan, device=device), torch.empty(2, 8, device=device)
     far_s, far_t, gradient = apart(student), apart(teacher), apart(torch.zeros_like(student))
-    pipeline.forward(far_s[None], far_t[None], None, loss, state, None, **OPTIONS)
+    launch.forward(far_s[None], far_t[None], None, loss, state, None, **OPTIONS)
     ones = torch.ones(2, device=device)
-    pipeline.backward(
+    launch.backward(
         gradient[None], far_s[None], far_t[None], None, state, ones, temperature=1.0, reverse=True
     )
     assert torch.equal(loss, near.loss)
@@ -81,9 +81,9 @@ def test_slices_of_sequences(device: torch.device) -> None:
     s, t = sequences(flat_s, 0), sequences(flat_t, 1)
     loss, state = torch.full((8,), torch.nan, device=device), torch.empty(8, 8, device=device)
     gradient = torch.full((2, 4, v), torch.nan, dtype=s.dtype, device=device)
-    pipeline.forward(s, t, None, loss, state, None, **OPTIONS)
+    launch.forward(s, t, None, loss, state, None, **OPTIONS)
     ones = torch.ones(8, device=device)
-    pipeline.backward(gradient, s, t, None, state, ones, temperature=1.0, reverse=True)
+    launch.backward(gradient, s, t, None, state, ones, temperature=1.0, reverse=True)
     expected = run(flat_s, flat_t)
     assert torch.equal(loss, expected.loss)
     assert torch.equal(gradient.view(8, v), expected.gradient)
@@ -95,7 +95,7 @@ def test_the_gradient_may_overwrite_the_student(v: int, device: torch.device) ->
     expected = run(student, teacher)
     n = len(KINDS)
     loss, ones = torch.full((n,), torch.nan, device=device), torch.ones(n, device=device)
-    pipeline.forward(
+    launch.forward(
         student[None],
         teacher[None],
         None,
@@ -114,11 +114,11 @@ def test_rescale_leaves_rows_of_factor_one_alone(device: torch.device) -> None:
     rows = torch.randn(3, 3001, device=device).bfloat16()
     factor = torch.tensor([2.0, 1.0, -0.5], device=device)
     expected = (rows.float() * factor[:, None]).bfloat16()
-    pipeline.rescale(rows, factor)
+    launch.rescale(rows, factor)
     assert torch.equal(rows, expected)
 
 
 def test_factors_of_a_tiny_temperature_are_numbers_of_fp32():
     """Triton refuses a float argument that fp32 cannot hold, with an error about packing bytes."""
-    maps = pipeline._maps(1e-30, None, 1e-30, 1e20, 1e20)
+    maps = launch._maps(1e-30, None, 1e-30, 1e20, 1e20)
     assert all(0.0 < factor <= 2.0**126 for factor in maps.values() if factor is not None)

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from akl_triton.kernels import pipeline
+from akl_triton.kernels import launch
 from bench.lab import ptxcpu
 from bench.lab.compile import TARGETS, RecordedLaunch, record_launches
 from bench.lab.sass import analyse
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.skipif(INTERPRETER, reason="the interpreter compiles no
 needs_compiler = pytest.mark.skipif(
     shutil.which("g++") is None, reason="ptxcpu needs the C++ compiler g++"
 )
-STAGES = ("statistics.py", "head.py", "divergence.py", "gradient.py")
+STAGES = ("row_statistics", "head_boundary", "row_divergence", "row_gradient")
 RULE: dict[str, Any] = {"mu": 0.5, "temperature": 1.0, "inclusive": False, "stable": True}
 
 
@@ -36,7 +36,7 @@ def launches(
     student = torch.zeros(1, 2, v, dtype=torch.bfloat16)
     loss, state, ones = torch.zeros(2), torch.zeros(2, 8), torch.ones(2)
     with record_launches(target) as recorded:
-        pipeline.forward(
+        launch.forward(
             student,
             student.clone(),
             None,
@@ -48,8 +48,8 @@ def launches(
             gradient=torch.zeros_like(student),
             upstream=ones,
         )
-        pipeline.forward(student, student.clone(), None, loss, state, None, **RULE, weight=weight)
-        pipeline.backward(
+        launch.forward(student, student.clone(), None, loss, state, None, **RULE, weight=weight)
+        launch.backward(
             torch.zeros_like(student),
             student,
             student.clone(),
@@ -67,23 +67,23 @@ def launches(
 @pytest.mark.parametrize("target", TARGETS)
 def test_loops_loads_stores_and_exps_are_there(target: str, weight: float | None) -> None:
     stages = {
-        "forward with gradient": ["statistics.py", "head.py", "divergence.py", "gradient.py"],
-        "forward": ["statistics.py", "head.py", "divergence.py"],
-        "backward": ["gradient.py"],
+        "forward with gradient": STAGES,
+        "forward": STAGES[:3],
+        "backward": STAGES[3:],
     }
-    for name, launch in launches(target, weight=weight).items():
-        code = analyse(launch.compiled)
-        by_file = code.loops_by_file(STAGES)
+    for name, recorded in launches(target, weight=weight).items():
+        code = analyse(recorded.compiled)
+        by_stage = code.loops_by_function(STAGES)
         for stage in stages[name]:
-            if stage == "head.py" and weight is not None:
-                assert not by_file.get(stage), "no head is searched where the weight is fixed"
+            if stage == "head_boundary" and weight is not None:
+                assert not by_stage.get(stage), "no head is searched where the weight is fixed"
                 continue
-            loops = by_file[stage]
+            loops = by_stage[stage]
             assert loops, f"{name}: no loop of {stage}"
             assert any(sum(loop.body.global_loads.values()) for loop in loops), (name, stage)
             assert any(loop.body.special.get("ex2", 0) for loop in loops), (name, stage)
-        if "gradient.py" in stages[name]:
-            assert all(sum(loop.body.global_stores.values()) for loop in by_file["gradient.py"])
+        if "row_gradient" in stages[name]:
+            assert all(sum(loop.body.global_stores.values()) for loop in by_stage["row_gradient"])
         assert sum(code.whole.global_stores.values()) > 0
 
 
@@ -91,12 +91,14 @@ def test_loops_loads_stores_and_exps_are_there(target: str, weight: float | None
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
 def test_full_blocks_move_16_bytes_without_barriers(target: str, v: int) -> None:
     """The loop of full blocks has the fewest instructions per exp, and 2 exps a logit pair."""
-    launch = launches(target, v)["forward with gradient"]
-    code = analyse(launch.compiled)
-    per_thread = code.elements_per_thread(launch.constexprs["BLOCK"])
-    for stage in ("statistics.py", "divergence.py", "gradient.py"):
+    recorded = launches(target, v)["forward with gradient"]
+    code = analyse(recorded.compiled)
+    per_thread = code.elements_per_thread(recorded.constexprs["BLOCK"])
+    for stage in ("row_statistics", "row_divergence", "row_gradient"):
         with_exps = [
-            loop for loop in code.loops_by_file(STAGES)[stage] if loop.body.special.get("ex2", 0)
+            loop
+            for loop in code.loops_by_function(STAGES)[stage]
+            if loop.body.special.get("ex2", 0)
         ]
         full = min(
             with_exps, key=lambda loop: loop.body.instructions / loop.body.special["ex2"]
@@ -104,7 +106,7 @@ def test_full_blocks_move_16_bytes_without_barriers(target: str, v: int) -> None
         assert set(full.global_loads) == {16}, (stage, full.global_loads)
         assert full.special["ex2"] == 2 * per_thread * full.global_loads[16] // 2
         assert full.barriers == full.shuffles == full.local_accesses == 0, stage
-        if stage == "gradient.py":
+        if stage == "row_gradient":
             assert set(full.global_stores) == {16}
 
 
@@ -117,7 +119,7 @@ def test_one_compilation_serves_all_sizes() -> None:
             (64, 49_152, 0.1, 1.0),
         ):
             student = torch.zeros(1, n, v, dtype=torch.bfloat16)
-            pipeline.forward(
+            launch.forward(
                 student,
                 student.clone(),
                 None,
@@ -169,7 +171,7 @@ def test_sweeps_for_the_head_are_few(dtype: torch.dtype) -> None:
 
     def bytes_read(row: int, temperature: float, mu: float, weight: float | None) -> int:
         counters.reset()
-        pipeline.forward(
+        launch.forward(
             student[None, row : row + 1],
             teacher[None, row : row + 1],
             None,
@@ -202,8 +204,6 @@ def test_logits_in_which_a_step_is_lost_do_not_stall() -> None:
         for weight in (0.5, None):
             counters.reset()
             rule = RULE | {"temperature": 1e-3, "stable": False, "weight": weight}
-            pipeline.forward(
-                student, teacher, None, torch.empty(1), torch.empty(1, 8), None, **rule
-            )
+            launch.forward(student, teacher, None, torch.empty(1), torch.empty(1, 8), None, **rule)
             executed.append(counters["forward_kernel"]["warp_instr"])
     assert executed[1] < 3 * executed[0]

@@ -216,13 +216,13 @@ def test_rows_that_are_not_valid_are_nan_alone(device: torch.device) -> None:
 def test_ignored_rows_are_exactly_zero(device: torch.device) -> None:
     student, teacher = (x.to(device) for x in make_rows(3000, 3000, BF16, BF16, seed=8))
     good = run(student, teacher)
-    counted = torch.tensor([i % 3 != 1 for i in range(len(KINDS))], device=device)
-    student[~counted] = teacher[~counted] = torch.nan
-    output = run(student, teacher, counted=counted)
+    valid = torch.tensor([i % 3 != 1 for i in range(len(KINDS))], device=device)
+    student[~valid] = teacher[~valid] = torch.nan
+    output = run(student, teacher, valid=valid)
     for ours, all_rows in zip(output, good, strict=True):
-        assert torch.equal(ours[counted], all_rows[counted])
-        assert (ours[~counted] == 0).all()
-    nothing = run(student, teacher, counted=torch.zeros_like(counted))
+        assert torch.equal(ours[valid], all_rows[valid])
+        assert (ours[~valid] == 0).all()
+    nothing = run(student, teacher, valid=torch.zeros_like(valid))
     assert all((x == 0).all() for x in nothing)
 
 

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(not INTERPRETER, reason="only there is the order
 
 @pytest.mark.parametrize("cut", [5, 4 * BLOCK, BLOCKS * BLOCK - 5])
 def test_order_of_full_blocks(monkeypatch: pytest.MonkeyPatch, cut: int) -> None:
-    """The teacher's full blocks as A, R in search of the cut, B and C read them."""
+    """The order in which statistics, the search for the cut, divergence and gradient read them."""
     teacher = torch.zeros(1, BLOCK * BLOCKS, dtype=torch.bfloat16)
     teacher[0, [cut, -1]] = 12.0  # only the first of the two is in the head
     student = torch.zeros_like(teacher)

@@ -7,10 +7,10 @@ import torch
 import triton
 import triton.language as tl
 
+from akl_triton.kernels.arithmetic import scaled, softcap_slope
 from akl_triton.kernels.divergence import row_divergence
 from akl_triton.kernels.gradient import gradient_coefficients, row_gradient
 from akl_triton.kernels.head import head_boundary
-from akl_triton.kernels.rows import scaled, softcap_slope
 from akl_triton.kernels.statistics import row_statistics
 from akl_triton.reference import reference_adaptive_kl
 
@@ -210,7 +210,7 @@ def test_divergence(row: Row, device: torch.device) -> None:
         row.crossing, float(row.k), row.cut, BLOCK=BLOCK,
     )  # fmt: skip
     o = row.oracle
-    sums = (o.forward_kl, o.reverse_kl, o.head_weight, o.gap, o.head_size)
+    sums = (o.forward_kl, o.reverse_kl, o.forward_weight, o.gap, o.head_size)
     expected = [float(x) for x in sums] + [1.0, 1.0, V // BLOCK]
     torch.testing.assert_close(
         out.cpu().double(), torch.tensor(expected).double(), rtol=1e-6, atol=1e-6
@@ -222,7 +222,7 @@ def test_gradient(row: Row, device: torch.device) -> None:
     gradient_kernel[(1,)](
         gradient, row.teacher, row.student, V, row.scale, 1 / row.temperature,
         row.reference_t, row.z_t, row.reference_s, row.z_s,
-        float(row.oracle.head_weight), float(row.oracle.reverse_kl), V // BLOCK, BLOCK=BLOCK,
+        float(row.oracle.forward_weight), float(row.oracle.reverse_kl), V // BLOCK, BLOCK=BLOCK,
     )  # fmt: skip
     exact = row.oracle.grad[0]
     # A few roundings of its two terms, more where no FMA is (the interpreter).

@@ -45,12 +45,17 @@ def test_work_of_a_kernel() -> None:
             **{"loads": {str(width): 2}, "stores": {"16": stores} if stores else {}},
         }
 
-    stages = [stage("A", 16, 0), stage("R", 8, 0), stage("B", 16, 0), stage("C", 16, 1)]
+    stages = [
+        stage("statistics", 16, 0),
+        stage("boundary", 8, 0),
+        stage("divergence", 16, 0),
+        stage("gradient", 16, 1),
+    ]
     kernel = {"stages": stages}
-    none = {"R": 0.0}
+    none = {"boundary": 0.0}
     assert work([kernel], none) == Work(bytes=14, bytes_once=6, exps=6, instructions=30)
     assert work([kernel, kernel], none) == Work(28, bytes_once=12, exps=12, instructions=60)
     scanned = Work(bytes=19, bytes_once=6, exps=11, instructions=55)
-    assert work([kernel], {"R": 2.5}) == scanned
+    assert work([kernel], {"boundary": 2.5}) == scanned
     stages.append(stage("cut", 8, 0))
-    assert work([kernel], {"R": 2.0, "cut": 0.5}) == scanned
+    assert work([kernel], {"boundary": 2.0, "cut": 0.5}) == scanned

@@ -4,27 +4,20 @@ A row is walked in blocks of BLOCK columns. So that every block starts on a 16-b
 columns are counted from `lead` elements before the row: column i of the vocabulary stands at offset
 lead + i, and 0 <= lead < 8 makes offset 0 aligned (V = 50,257 puts 7 rows of 8 off the boundary).
 
-    block    0        1 .. full-1     full .. blocks-1
-    kind     edge     full            edge
-             masked   no mask         masked, and one side's extra vocabulary
+    block    0        1 .. full_end-1   full_end .. blocks-1
+    kind     edge     full              edge
+             masked   no mask           masked, and the extra vocabulary of one side
 
-full = 0 marks a row that has a base (`row_base`); like full = 1, it makes every block an edge.
+full_end = 0 marks a row that has a base (`row_base`); like full_end = 1, it makes every block an
+edge.
 """
 
 import triton
 import triton.language as tl
 
-# Rows whose sum of exponentials exceeds this are summed again from their true maximum: it keeps the
-# arguments of exp2 below 20 + log2(V), where their rounding is harmless, and far from overflow.
-SUM_LIMIT = tl.constexpr(2.0**20)
-# Rows whose largest scaled logit exceeds this have it taken off before they are scaled, as
-# `row_base`: the rounding of so large a reference would show, and then overflow.
-REFERENCE_LIMIT = tl.constexpr(2.0**22)
-# Finite logits so negative that scaling makes them -inf are held here, to keep 0 * u finite.
-LOWEST = tl.constexpr(-(2.0**127))
-# The largest number of bf16, so that it is finite in every dtype of that range.
-LARGEST = tl.constexpr(3.3895313892515355e38)
-# Full blocks a turn of a loop: the loop's own instructions are shared and more loads are in flight.
+from .arithmetic import capped
+
+# Full blocks per turn of a loop: they share its own instructions, and more loads are in flight.
 UNROLL = tl.constexpr(4)
 
 
@@ -111,68 +104,3 @@ def row_base(row, lead, end, gain, full, BLOCK: tl.constexpr):
     if full == 0:
         base = 0.5 * capped(row_max(row, lead, end, BLOCK), gain)
     return base
-
-
-@triton.jit
-def scaled(x, scale, gain, reference, base=None):
-    """scale x - reference, or scale tanh(gain x) - reference where the logits have a softcap.
-
-    One rounding: left to itself, the compiler fuses it or does not. `gain` is None without a
-    softcap. `base` is that of `row_base`, and None in full blocks, of which rows with a base have
-    none."""
-    x = capped(x, gain)
-    if base is not None:  # in halves: the largest number less the lowest would be infinite
-        x = tl.fma(x, 0.5, -base)
-        scale = 2.0 * scale
-    return tl.fma(x, scale, -reference)
-
-
-@triton.jit
-def capped(x, gain):
-    """x, or tanh(gain x); infinities stay, so that a forbidden token has no probability."""
-    if gain is not None:
-        x = tl.where(tl.abs(x) == float("inf"), x, _tanh(x * gain))
-    return x
-
-
-@triton.jit
-def softcap_slope(x, gain):
-    """1 - tanh^2(gain x), which does not cancel where the softcap saturates."""
-    e = _decay(x * gain)
-    return 4.0 * e / ((1.0 + e) * (1.0 + e))
-
-
-@triton.jit
-def _decay(x):
-    """e^(-2 |x|)."""
-    return tl.exp2(tl.abs(x) * -2.885390081777927)
-
-
-@triton.jit
-def _tanh(x):
-    """tanh x: 1 - 2 e / (1 + e) with e = e^(-2 |x|), and near 0, where that cancels, a polynomial
-    (that of tanhf in Cephes)."""
-    e = _decay(x)
-    far = 1.0 - 2.0 * e / (1.0 + e)
-    z = x * x
-    near = -5.70498872745e-3 * z + 2.06390887954e-2
-    near = near * z - 5.37397155531e-2
-    near = near * z + 1.33314422036e-1
-    near = near * z - 3.33332819422e-1
-    near = near * z * x + x
-    return tl.where(tl.abs(x) < 0.625, near, tl.where(x < 0.0, -far, far))
-
-
-@triton.jit
-def rounded_sum(a, b):
-    """a + b as fp32 and what the rounding lost (Knuth's TwoSum)."""
-    total = a + b
-    b_part = total - a
-    a_part = total - b_part
-    return total, (a - a_part) + (b - b_part)
-
-
-@triton.jit
-def held(x, limit):
-    """x between -limit and limit; NaN stays."""
-    return tl.where(x > limit, limit, tl.where(x < -limit, -limit, x))

@@ -1,0 +1,214 @@
+"""Launchers: they choose the launch and give the kernels their arguments.
+
+Nothing of size [N, V] is allocated here: outputs come from the caller.
+"""
+
+import contextlib
+import functools
+import os
+
+import torch
+import triton
+from triton.runtime import driver
+
+from .launch_table import CANDIDATES, REGISTERS, launch_for
+from .row_kernels import backward_kernel, forward_kernel, rescale_kernel
+
+LOG2E = 1.4426950408889634
+
+
+def forward(
+    student: torch.Tensor,  # [outer, inner, V_s] fp32 | bf16 | fp16, unit stride in V
+    teacher: torch.Tensor,  # [outer, inner, V_t]
+    valid: torch.Tensor | None,  # [N] bool, N = outer * inner
+    loss: torch.Tensor,  # [N] fp32
+    state: torch.Tensor | None,  # [N, 8] fp32, or None with a gradient
+    stats: torch.Tensor | None,  # [N, 6] fp32, or None where nobody asks
+    *,
+    mu: float,
+    temperature: float,
+    inclusive: bool,
+    stable: bool,
+    weight: float | None,  # None: adaptive
+    student_softcap: float | None = None,  # logit = softcap tanh(logit_scale x / softcap)
+    teacher_softcap: float | None = None,
+    student_logit_scale: float = 1.0,
+    teacher_logit_scale: float = 1.0,
+    gradient: torch.Tensor | None = None,  # [outer, inner, V_s] student's dtype; may be student
+    upstream: torch.Tensor | None = None,  # [N] fp32, any stride
+    damped: bool = False,  # divide the gradient of a row by `damping` of its loss
+) -> None:
+    """Launch forward_kernel, which also writes the gradient where one is given."""
+    maps = _maps(
+        temperature, student_softcap, teacher_softcap, student_logit_scale, teacher_logit_scale
+    )
+    kernel = tuned_forward() if _autotuning() else forward_kernel
+    with _device_of(student):
+        kernel[(loss.shape[0],)](
+            s_ptr=student,
+            t_ptr=teacher,
+            valid_ptr=valid,
+            loss_ptr=loss,
+            state_ptr=state,
+            stats_ptr=stats,
+            ds_ptr=gradient,
+            upstream_ptr=upstream,
+            stride_upstream=0 if upstream is None else upstream.stride(0),
+            rate=_fp32(student_logit_scale / temperature),
+            **maps,
+            mu=mu,
+            forward_weight=0.0 if weight is None else weight,
+            HAS_HEAD=weight is None,
+            INCLUSIVE=inclusive,
+            STABLE=stable,
+            FORWARD=weight != 0.0 or stats is not None,
+            REVERSE=weight != 1.0 or stats is not None,
+            STATS=stats is not None,
+            HAS_MASK=valid is not None,
+            HAS_GRADIENT=gradient is not None,
+            DAMPED=damped,
+            **_addressing(student, teacher, student if gradient is None else gradient),
+            **_registers("adaptive" if weight is None else "fixed weight"),
+        )
+
+
+def backward(
+    gradient: torch.Tensor,  # [outer, inner, V_s] student's dtype; may be student itself
+    student: torch.Tensor,  # [outer, inner, V_s]
+    teacher: torch.Tensor,  # [outer, inner, V_t]
+    valid: torch.Tensor | None,  # [N] bool
+    state: torch.Tensor,  # [N, 8] fp32 of forward
+    upstream: torch.Tensor,  # [N] fp32, any stride
+    *,
+    temperature: float,
+    reverse: bool,  # False where w is 1
+    student_softcap: float | None = None,
+    teacher_softcap: float | None = None,
+    student_logit_scale: float = 1.0,
+    teacher_logit_scale: float = 1.0,
+) -> None:
+    """Launch backward_kernel."""
+    softcap = student_softcap or teacher_softcap
+    maps = _maps(
+        temperature, student_softcap, teacher_softcap, student_logit_scale, teacher_logit_scale
+    )
+    kernel = tuned_backward() if _autotuning() else backward_kernel
+    with _device_of(student):
+        kernel[(upstream.shape[0],)](
+            ds_ptr=gradient,
+            s_ptr=student,
+            t_ptr=teacher,
+            valid_ptr=valid,
+            state_ptr=state,
+            upstream_ptr=upstream,
+            stride_upstream=upstream.stride(0),
+            **maps,
+            REVERSE=reverse,
+            HAS_MASK=valid is not None,
+            **_addressing(student, teacher, gradient),
+            **_registers("gradient" if softcap is None else "gradient with a softcap"),
+        )
+
+
+def rescale(
+    rows: torch.Tensor,  # [N, V], contiguous
+    factor: torch.Tensor,  # [N] fp32, any stride
+) -> None:
+    """Launch rows *= factor, in place."""
+    launch = launch_for(rows.shape[1])
+    with _device_of(rows):
+        rescale_kernel[(rows.shape[0],)](
+            x_ptr=rows,
+            factor_ptr=factor,
+            stride_factor=factor.stride(0),
+            V=rows.shape[1],
+            BLOCK=launch.BLOCK,
+            num_warps=launch.num_warps,
+        )
+
+
+def _maps(
+    temperature, student_softcap, teacher_softcap, student_logit_scale, teacher_logit_scale
+) -> dict:
+    """Arguments of `scaled` for both sides."""
+    arguments = {}
+    for side, softcap, logit_scale in (
+        ("t", teacher_softcap, teacher_logit_scale),
+        ("s", student_softcap, student_logit_scale),
+    ):
+        arguments[f"scale_{side}"] = _fp32(LOG2E * (softcap or logit_scale) / temperature)
+        arguments[f"gain_{side}"] = None if softcap is None else _fp32(logit_scale / softcap)
+    return arguments
+
+
+def _fp32(number: float) -> float:
+    """A positive number, or 2^126, of which twice is a number of fp32, too."""
+    return min(number, 2.0**126)
+
+
+def _addressing(student, teacher, gradient) -> dict:
+    """Strides, sizes, alignment and the launch.
+
+    Tensors that stand where the teacher stands between 16-byte boundaries, in every row, are read
+    and written 16 bytes at a time."""
+    lead = _lead(teacher)
+    arguments = {
+        "outer_s": student.stride(0),
+        "outer_t": teacher.stride(0),
+        "outer_ds": gradient.stride(0),
+        "inner_s": student.stride(1),
+        "inner_t": teacher.stride(1),
+        "inner_ds": gradient.stride(1),
+        "inner": student.shape[1],
+        "V_s": student.shape[2],
+        "V_t": teacher.shape[2],
+        "base_lead": lead[0],
+        "HAS_LEAD": any(lead),
+        "S_ALIGNED": _lead(student) == lead,
+        "DS_ALIGNED": _lead(gradient) == lead,
+    }
+    if not _autotuning():
+        arguments |= launch_for(max(student.shape[2], teacher.shape[2]))._asdict()
+    return arguments
+
+
+def _lead(logits) -> tuple[int, int, int]:
+    """Where rows stand between 16-byte boundaries (of 2-byte elements): the first, the steps."""
+    base = logits.data_ptr() // logits.element_size()
+    outer = logits.stride(0) if logits.shape[0] > 1 else 0
+    return base % 8, outer % 8, logits.stride(1) % 8
+
+
+def _registers(kernel: str) -> dict:
+    """The limit on registers, as an option of the launch; only NVIDIA's compiler knows it."""
+    if triton.knobs.runtime.interpret or driver.active.get_current_target().backend != "cuda":
+        return {}
+    return {"maxnreg": REGISTERS[kernel]}
+
+
+def _device_of(tensor):
+    """Make the tensor's device current: Triton launches there."""
+    if tensor.device.type == "cpu":
+        return contextlib.nullcontext()
+    return torch.get_device_module(tensor.device).device(tensor.device)
+
+
+def _autotuning() -> bool:
+    """Whether the launch is chosen by timing; read at every call, never at import."""
+    return os.environ.get("AKL_AUTOTUNE") == "1"
+
+
+@functools.cache
+def tuned_forward():
+    return _timed(forward_kernel, "V_s", "V_t", "HAS_HEAD", "HAS_GRADIENT")
+
+
+@functools.cache
+def tuned_backward():
+    return _timed(backward_kernel, "V_s", "V_t")
+
+
+def _timed(kernel, *key):
+    """The kernel with the fastest of CANDIDATES, timed for all values of what `key` names."""
+    configs = [triton.Config({"BLOCK": c.BLOCK}, num_warps=c.num_warps) for c in CANDIDATES]
+    return triton.autotune(configs, key=key, restore_value=["s_ptr"])(kernel)
