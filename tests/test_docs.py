@@ -41,7 +41,8 @@ def test_public_docstrings_have_their_headings(name: str) -> None:
 
 def test_before_and_after_in_the_readme_agree() -> None:
     """The first snippet is the forward KL: so is the second, with forward_kl in its place."""
-    before, after, *_ = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    first, before, after, *_ = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    assert first == after
 
     def gradient(code: str) -> tuple[float, torch.Tensor]:
         generator = torch.Generator().manual_seed(0)

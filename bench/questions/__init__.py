@@ -23,6 +23,7 @@ QUESTIONS = {
     "floor": "Which time can no GPU beat, by the stored figures of the others?",
     "on_real_logits": "Is the PyTorch backend faster than the authors' code here, and as right?",
     "demo": "What does `akl-triton demo` make of a student of each loss?",
+    "overview": "What is the gap of one real token, and what memory do the losses need?",
     "busy": "Does the time of the PyTorch backend fall off a cliff on this CPU?",
     "budgets": "Are the compiled kernels within their budgets?",
     "l2": "Which sweeps of a row would the L2 serve, by a model of it?",

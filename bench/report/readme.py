@@ -31,7 +31,7 @@ MIB = 2**20
 
 
 def costs() -> str:
-    """The table of what a forward and backward costs, beside the peers."""
+    """The table of what a forward and backward costs, ours and the peers'."""
     instructions, operators, floors = (
         load(name)["data"] for name in ("instructions", "operators", "floor")
     )
@@ -73,9 +73,9 @@ def logits() -> str:
     gigabytes = sides * tokens * vocabulary * element / 1e9
     return _paragraph(
         f"At {tokens:,} tokens and V = {vocabulary:,} the logits of both sides are "
-        f"{gigabytes:.0f} GB in bf16. Each loss also comes from hidden states and the weights of "
-        "the heads, and then holds no more than a chunk of logits (`python -m bench linear` "
-        "measures the peak, beside others'). Before:"
+        f"{gigabytes:.0f} GB in bf16. Every loss can also be computed from the hidden states and "
+        "the weights of both lm_heads; it then holds no more than a chunk of the logits at a time "
+        "(`python -m bench linear` measures its peak and that of others). Before:"
     )
 
 
