@@ -45,6 +45,7 @@ def reference_adaptive_kl(
     temperature: float = 1.0,
     head: Head = "exclusive",
     ties: Ties = "stable",
+    size: Tensor | None = None,
     weight: float | None = None,
     student_softcap: float | None = None,
     teacher_softcap: float | None = None,
@@ -57,6 +58,7 @@ def reference_adaptive_kl(
         p = softmax(t/T), q = softmax(s/T), u = ln p - ln q, K = the tokens finite on both sides
         forward_kl = sum_K p u, reverse_kl = -sum_K q u, gap = sum |p - q| = g_head + g_tail
         w = g_head / gap (1/2 where gap = 0), or `weight`
+        The head is that of mu, or its first `size` [N] tokens where that is given.
         loss = w forward_kl + (1 - w) reverse_kl
         T dloss/ds_j = w (P_K q_j - [j in K] p_j)
                      + (1 - w) q_j ([j in K] (1 - u_j) - reverse_kl - Q_K)
@@ -97,7 +99,8 @@ def reference_adaptive_kl(
 
     if weight is None:
         order = teacher.argsort(dim=-1, descending=True, stable=True)
-        size = head_size(p, order, mu, head)
+        if size is None:
+            size = head_size(p, order, mu, head)
         members = head_members(teacher, order, size, ties)
         g_head = (members * distance).sum(-1)
         head_mass = (members * p).sum(-1)

@@ -26,7 +26,7 @@ from akl_triton.reference import (
     shared_vocabulary,
 )
 from akl_triton.rows import LogitMap, RowResult
-from tests.boundary import acceptable_heads, assert_head_matches
+from akl_triton.verify import at_head, head_faults
 
 INF = math.inf
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -147,14 +147,8 @@ def assert_no_further(
 def check(student: Tensor, teacher: Tensor, options: Options = DEFAULTS) -> None:
     result, grad = run(student, teacher, options)
     stats = dict(zip(STATISTICS, result.stats.unbind(-1), strict=True))
-    assert_head_matches(
-        student,
-        teacher,
-        head_size=stats["head_size"],
-        head_mass=stats["head_mass"],
-        forward_weight=stats["forward_weight"],
-        **options._asdict(),
-    )
+    claims = {name: stats[name] for name in ("head_size", "head_mass", "forward_weight")}
+    assert head_faults(student, teacher, **claims, **options._asdict()) == []
 
     forward, reverse = (
         reference_adaptive_kl(student, teacher, temperature=options.temperature, weight=weight)
@@ -163,8 +157,8 @@ def check(student: Tensor, teacher: Tensor, options: Options = DEFAULTS) -> None
     assert not (stats["forward_weight"] > 1.0).any()
     # Where the gap is rounding, so is the weight; but then it must hardly matter.
     w = stats["forward_weight"].double()
-    accepted = acceptable_heads(student, teacher, **options._asdict())
-    drift = (w - accepted.forward_weight_at(stats["head_size"])).abs()
+    taken = at_head(student, teacher, stats["head_size"], **options._asdict())
+    drift = (w - taken.exact.forward_weight).abs()
     exact_loss = w * forward.loss + (1.0 - w) * reverse.loss
     exact_grad = w[:, None] * forward.grad + (1.0 - w[:, None]) * reverse.grad
     assert (drift * (forward.loss - reverse.loss).abs() <= EPSILON * (1.0 + exact_loss)).all()
@@ -429,14 +423,8 @@ def test_mapped_logits(maps: str, dtype: torch.dtype) -> None:
         return eager.forward(s, t, None, weight=None, **DEFAULTS._asdict(), **arguments)
 
     ours = dict(zip(STATISTICS, head(student, teacher).stats.unbind(-1), strict=True))
-    assert_head_matches(
-        student,
-        teacher,
-        head_size=ours["head_size"],
-        head_mass=ours["head_mass"],
-        forward_weight=ours["forward_weight"],
-        **flat,
-    )
+    claims = {name: ours[name] for name in ("head_size", "head_mass", "forward_weight")}
+    assert head_faults(student, teacher, **claims, **flat) == []
     broken = head(broken_student, broken_teacher)
     assert broken.loss[:2].isnan().all() and broken.loss[2:].isfinite().all()
 
@@ -785,9 +773,8 @@ def test_a_head_of_half_a_million_tokens() -> None:
         ties="stable",
         weight=None,
     )
-    size = dict(zip(STATISTICS, result.stats[0].tolist(), strict=True))["head_size"]
-    heads = acceptable_heads(student, teacher)
-    assert heads.min_size.item() <= size <= heads.max_size.item()
+    size = result.stats[:, STATISTICS.index("head_size")]
+    assert not at_head(student, teacher, size).wrong.any()
 
 
 def test_plus_infinity_under_a_softcap() -> None:

@@ -1,8 +1,8 @@
 """Compare the installed kernels with the float64 oracle on this machine.
 
 Each case runs the loss, its backward and the gradient in place; a fused loss is given heads whose
-logits are those of the case, and its gradients are those of its two passes. A head is right if it
-is the oracle's for some mu' within 2e-6 of mu; loss and gradient must then be those of that head.
+logits are those of the case, and its gradients are those of its two passes. Which heads are right
+is the rule of akl_triton.verify; loss and gradient must be those of the head that was taken.
 """
 
 from __future__ import annotations
@@ -25,17 +25,9 @@ import akl_triton
 from akl_triton.cli import UsageError
 from akl_triton.cli.options import resolve_device
 from akl_triton.ops import resolve_backend
-from akl_triton.reference import (
-    Head,
-    Ties,
-    head_members,
-    head_size,
-    mapped_logits,
-    reference_adaptive_kl,
-    shared_vocabulary,
-)
+from akl_triton.reference import ReferenceResult, reference_adaptive_kl
+from akl_triton.verify import at_head
 
-MU_SLACK = 2e-6  # relative; where a cumulative mass hits mu, rounding decides
 LOSS_LIMIT = 1e-5  # of 1 + |loss|
 GRADIENT_LIMIT = 2e-6  # beyond what storing the exact gradient in its dtype costs
 PRODUCT_LIMIT = 2e-4  # of sum_j |x_j y_j|: a library's fp32 product over a whole vocabulary
@@ -208,26 +200,26 @@ def compare(case: Case, student: Tensor, teacher: Tensor, labels: Tensor, backen
     evaluate = through_heads if case.loss.startswith("linear_") else on_logits
     outcome = evaluate(case, student, teacher, labels.to(student.device), upstream, backend)
 
-    expected = at_the_head_taken(case, student.cpu(), teacher.cpu(), outcome.head_size.cpu())
-    expected_gradient = upstream[:, None] * expected.gradient
+    exact, wrong_head = at_the_head_taken(
+        case, student.cpu(), teacher.cpu(), outcome.head_size.cpu()
+    )
+    exact_gradient = upstream[:, None] * exact.grad
     rounding = torch.finfo(student.dtype).eps
-    scale = torch.where(valid, 1.0 + expected.loss.abs(), 1.0)
+    scale = torch.where(valid, 1.0 + exact.loss.abs(), 1.0)
     loss_error = worst(
-        (outcome.loss.cpu() / scale)[:, None], (expected.loss / scale)[:, None], valid, 0.0
+        (outcome.loss.cpu() / scale)[:, None], (exact.loss / scale)[:, None], valid, 0.0
     )
     gradient_errors = [
-        worst(gradient.cpu(), expected_gradient, valid, rounding * expected_gradient.abs())
+        worst(gradient.cpu(), exact_gradient, valid, rounding * exact_gradient.abs())
         for gradient in outcome.gradients
     ]
     if outcome.hidden_gradient is not None:
         size = student.abs().max().item()
         weight = student.cpu().double().t() / size
-        stored = max(rounding, PRODUCT_LIMIT) * (expected_gradient.abs() @ weight.abs())
+        stored = max(rounding, PRODUCT_LIMIT) * (exact_gradient.abs() @ weight.abs())
         actual = outcome.hidden_gradient.cpu() / size
-        gradient_errors.append(worst(actual, expected_gradient @ weight, valid, stored))
-    return Result(
-        loss_error, max(gradient_errors), wrong_heads=int((expected.wrong_head & valid).sum())
-    )
+        gradient_errors.append(worst(actual, exact_gradient @ weight, valid, stored))
+    return Result(loss_error, max(gradient_errors), wrong_heads=int((wrong_head & valid).sum()))
 
 
 class Outcome(NamedTuple):
@@ -303,58 +295,13 @@ def worst(actual: Tensor, exact: Tensor, valid: Tensor, allowed: Tensor | float)
     return float(torch.where(valid[:, None], error, ignored).max().clamp(min=0.0))
 
 
-class Expected(NamedTuple):
-    loss: Tensor  # [N] float64
-    gradient: Tensor  # [N, V_s] float64
-    wrong_head: Tensor  # [N] bool
-
-
-def at_the_head_taken(case: Case, student: Tensor, teacher: Tensor, size: Tensor) -> Expected:
-    """The oracle for heads of `size` tokens; a size that is wrong gives way to the nearest right.
-
-    Loss and gradient are linear in the weight, so those of any weight follow from two.
-    """
-    forward, reverse = (
-        reference_adaptive_kl(student, teacher, **case.options | {"weight": weight})
-        for weight in (1.0, 0.0)
-    )
-    if case.loss not in FIXED_WEIGHT:
-        weight, wrong_head = weight_of_head(student, teacher, size, **case.options)
-    else:
-        weight = torch.full_like(forward.loss, FIXED_WEIGHT[case.loss])
-        wrong_head = torch.zeros_like(weight, dtype=torch.bool)
-    return Expected(
-        loss=weight * forward.loss + (1.0 - weight) * reverse.loss,
-        gradient=weight[:, None] * forward.grad + (1.0 - weight[:, None]) * reverse.grad,
-        wrong_head=wrong_head,
-    )
-
-
-def weight_of_head(
-    student: Tensor,
-    teacher: Tensor,
-    size: Tensor,
-    *,
-    mu: float = 0.5,
-    temperature: float = 1.0,
-    head: Head = "exclusive",
-    ties: Ties = "stable",
-    student_softcap: float | None = None,
-    teacher_softcap: float | None = None,
-    student_logit_scale: float = 1.0,
-    teacher_logit_scale: float = 1.0,
-) -> tuple[Tensor, Tensor]:
-    """[N] g_head / gap of the head of `size` tokens, and whether no mu' near mu has that head."""
-    student, teacher = shared_vocabulary(student, teacher)
-    t = mapped_logits(teacher, teacher_softcap, teacher_logit_scale)
-    s = mapped_logits(student, student_softcap, student_logit_scale)
-    p, q = torch.softmax(t / temperature, -1), torch.softmax(s / temperature, -1)
-    order = teacher.argsort(dim=-1, descending=True, stable=True)
-    least = head_size(p, order, mu * (1.0 - MU_SLACK), head)
-    most = head_size(p, order, mu * (1.0 + MU_SLACK), head)
-    distance = (p - q).abs()
-    gap = distance.sum(-1)
-    wrong = ~((least <= size) & (size <= most)) & ~gap.isnan()
-    taken = size.nan_to_num(1.0).long().clamp(least, most)
-    g_head = (head_members(teacher, order, taken, ties) * distance).sum(-1)
-    return torch.where(gap == 0.0, 0.5, g_head / gap), wrong
+def at_the_head_taken(
+    case: Case, student: Tensor, teacher: Tensor, size: Tensor
+) -> tuple[ReferenceResult, Tensor]:
+    """The oracle with heads of `size` tokens, and which of these [N] are wrong."""
+    if case.loss in FIXED_WEIGHT:
+        rule = case.options | {"weight": FIXED_WEIGHT[case.loss]}
+        exact = reference_adaptive_kl(student, teacher, **rule)
+        return exact, torch.zeros_like(exact.loss, dtype=torch.bool)
+    taken = at_head(student, teacher, size, **case.options)
+    return taken.exact, taken.wrong

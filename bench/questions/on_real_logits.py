@@ -17,13 +17,13 @@ from torch import Tensor
 from akl_triton import adaptive_kl
 from akl_triton.cli.bench import Cost, measure
 from akl_triton.reference import authors_adaptive_kl, reference_adaptive_kl
+from akl_triton.verify import MU_SLACK
 from bench.inputs.machine import cpu
 from bench.inputs.real_logits import real_logits
 from bench.lab import ptxcpu
 from bench.report.tables import table
 
 MU = 0.5
-MU_SLACK = 2e-6  # how far rounding may move the boundary
 REPEATS = 3  # of a round
 LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "authors": authors_adaptive_kl,
@@ -57,8 +57,8 @@ def costs(student: Tensor, teacher: Tensor, rounds: int) -> dict[str, dict[str, 
 def heads(student: Tensor, teacher: Tensor) -> dict[str, dict[str, int]]:
     """How many rows have the authors' head, the oracle's, and neither of the two.
 
-    In the rounding band, where mu (1 +- MU_SLACK) have different heads, any head of the band is
-    right.
+    In the rounding band, where mu (1 +- verify.MU_SLACK) have different heads, any head of the band
+    is right.
     """
     sizes = {}
     _, stats = adaptive_kl(student, teacher, mu=MU, return_stats=True, backend="torch")

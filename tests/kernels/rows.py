@@ -2,7 +2,7 @@
 
 A result is right if it is no further from the float64 oracle than the same computation in PyTorch's
 fp32, its gradient rounded to the dtype of the student, plus an epsilon; and if its head is the
-oracle's by the rule of tests/boundary.py.
+oracle's by the rule of akl_triton.verify.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from akl_triton.kernels import launch
 from akl_triton.reference import Head, Ties, mapped_logits, reference_adaptive_kl
-from tests.boundary import acceptable_heads, assert_head_matches
+from akl_triton.verify import at_head, head_faults
 from tests.kernels.conftest import INTERPRETER
 
 KINDS = (
@@ -146,7 +146,7 @@ def assert_right(
     if weight is None:
         rule: dict[str, Any] = {"mu": mu, "temperature": temperature, "head": head, "ties": ties}
         rule |= maps
-        assert_head_matches(
+        faults = head_faults(
             student,
             teacher,
             head_size=stats[:, 4],
@@ -154,7 +154,8 @@ def assert_right(
             forward_weight=stats[:, 2],
             **rule,
         )
-        w = acceptable_heads(student, teacher, **rule).forward_weight_at(stats[:, 4].double())
+        assert not faults, faults
+        w = at_head(student, teacher, stats[:, 4], **rule).exact.forward_weight
         # Where p and q differ by no more than rounding, any weight is as good; ours is the test's.
         w = torch.where(stats[:, 5] < 1e-5, stats[:, 2].double(), w)
     else:
