@@ -83,7 +83,9 @@ def test_loops_loads_stores_and_exps_are_there(target: str, weight: float | None
             assert any(sum(loop.body.global_loads.values()) for loop in loops), (name, stage)
             assert any(loop.body.special.get("ex2", 0) for loop in loops), (name, stage)
         if "row_gradient" in stages[name]:
-            assert all(sum(loop.body.global_stores.values()) for loop in by_stage["row_gradient"])
+            for loop in by_stage["row_gradient"]:  # the one without exps looks for a maximum
+                if loop.body.special.get("ex2", 0):
+                    assert sum(loop.body.global_stores.values()), name
         assert sum(code.whole.global_stores.values()) > 0
 
 
