@@ -158,7 +158,7 @@ def check_labels(
 
 
 def check_shift(shift: object) -> int:
-    """How many positions a label is ahead of the logits that predict it."""
+    """Check the number of positions by which a label is ahead of the logits that predict it."""
     checked = check_integer("shift", shift)
     if checked < 0:
         raise ValueError(f"shift: expected an integer >= 0, got {checked}")
@@ -365,7 +365,7 @@ def _unsupported_derivative(tensor: Tensor) -> str | None:
 
 
 def wants_gradient(tensor: Tensor) -> bool:
-    """Whether it requires grad, or, inside of vmap, what it is a slice of does."""
+    """Whether the tensor requires grad or, inside vmap, the tensor of which it is a slice does."""
     if not torch.compiler.is_compiling():
         while torch._C._functorch.is_batchedtensor(tensor):
             tensor = torch._C._functorch.get_unwrapped(tensor)

@@ -124,7 +124,9 @@ def forward_with_gradient(
     student_map: LogitMap = IDENTITY,
     teacher_map: LogitMap = IDENTITY,
 ) -> RowResult:
-    """As `forward`, and upstream [N] * dloss/dstudent into out, shaped like student or it itself.
+    """`forward`, which also writes upstream [N] * dloss/dstudent into `out`.
+
+    `out` has the shape of the student, or is the student itself.
 
     `damped` divides the gradient of a row by `damping` of its loss."""
     options = _Options(mu, temperature, head, ties, weight, student_map, teacher_map)
@@ -305,7 +307,7 @@ def _view(x: Tensor, rows: _Rows) -> Tensor | None:
 
 
 def _places(x: Tensor, rows: _Rows) -> tuple[Tensor, Tensor]:
-    """Where the rows are in x [outer, inner, V]."""
+    """The places of the rows in x [outer, inner, V]."""
     if isinstance(rows, slice):
         rows = torch.arange(rows.start, rows.stop, device=x.device)
     return rows // x.shape[1], rows % x.shape[1]
@@ -372,7 +374,7 @@ def _mapped(x: Tensor, logit_map: LogitMap) -> Tensor:
 
 
 def _gain(logit_map: LogitMap) -> float:
-    """What the argument of tanh is to a logit; 0 times it is 0."""
+    """The factor from a logit to the argument of tanh, held so that 0 times it is 0."""
     assert logit_map.softcap is not None
     return min(logit_map.scale / logit_map.softcap, _LARGEST)
 

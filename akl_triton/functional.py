@@ -24,7 +24,7 @@ WITHOUT_HEAD: tuple[float, Head, Ties] = (0.5, "exclusive", "stable")
 
 
 class DivergenceStats(NamedTuple):
-    """What a trainer logs, for every token and detached; 0 for tokens that do not count.
+    """The quantities that a trainer logs, per token and detached; 0 for tokens that do not count.
 
     Shape: each as labels, or as the logits without the vocabulary. Dtype: fp32. Unit: nats.
     """
@@ -459,7 +459,7 @@ def row_factor(
     reduction: Reduction,
     num_items: float | Tensor | None,
 ) -> float | Tensor:
-    """What the reduction multiplies every row's loss with; no host waits for a count."""
+    """The factor by which the reduction multiplies the loss of every row, without a host sync."""
     if reduction != "mean":
         return 1.0
     if isinstance(num_items, Tensor):

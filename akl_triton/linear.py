@@ -35,9 +35,10 @@ from .functional import (
 from .kernels.layout import STATISTICS
 from .rows import damping, power_of_two, room
 
-# The fp32 sum of dW, 8 V H bytes read and written once a chunk, should cost little beside the
-# products, 8 V H flops a token or more: a chunk wants thousands of tokens where a machine does 200
-# flops in the time of a byte (a GPU), and a hundred where it does 10: `python -m bench linear`.
+# The fp32 sum of dW, 8 V H bytes read and written once per chunk, should cost little compared with
+# the products, 8 V H flops a token or more: a chunk needs thousands of tokens on a machine that does
+# 200 flops in the time of a byte (a GPU), and a hundred on one that does 10: `python -m bench
+# linear`.
 CHUNK_BYTES = {"cpu": 2**28}
 CHUNK_BYTES_ELSEWHERE = 2**30
 # What is written of fp16 gradients leaves so much room for their sums over the vocabulary.
@@ -377,7 +378,7 @@ class _Sides(NamedTuple):
 
 
 class _Plan(NamedTuple):
-    """How the sweep is made, in the order of the operators' arguments."""
+    """The plan of the sweep over the chunks, in the order of the operators' arguments."""
 
     student_dtype: torch.dtype  # of the student's products, hence of its logits
     teacher_dtype: torch.dtype
@@ -389,7 +390,7 @@ class _Plan(NamedTuple):
     backend: str
 
     def bytes_per_row(self, sides: _Sides) -> int:
-        """What the logits of one token take on both sides."""
+        """Bytes that the logits of one token take on both sides."""
         student = sides.student_weight.shape[0] * self.student_dtype.itemsize
         return student + sides.teacher_weight.shape[0] * self.teacher_dtype.itemsize
 
@@ -487,7 +488,7 @@ def _linear_divergence(
 
 
 def _autocast_dtype(device_type: str) -> torch.dtype | None:
-    """In which products are computed here whatever their factors are; None outside autocast."""
+    """The dtype in which autocast computes products here; None outside autocast."""
     # torch.amp.is_autocast_available would break a graph of PyTorch before 2.12.
     if device_type == "meta" or not torch.is_autocast_enabled(device_type):
         return None
@@ -552,7 +553,7 @@ def _late(plan: _Plan, per_token: bool) -> bool:
 
 
 def _now(plan: _Plan, per_token: bool) -> _Plan:
-    """What of it the forward pass does."""
+    """The part of the plan that runs in the forward pass."""
     if _late(plan, per_token):
         return plan._replace(hidden_gradient=False, weight_gradient=False, bias_gradient=False)
     return plan
@@ -643,7 +644,7 @@ def _differentiate(ctx, upstream, *_):  # type: ignore[no-untyped-def]
 
 
 def _rests(factor: Tensor, dampings: Tensor, rule: ops.Rule, plan: _Plan) -> list[Tensor | float]:
-    """What the gradients of hidden states, weight and bias still have to be multiplied by."""
+    """The factor that the gradients of hidden states, weight and bias still lack."""
     if not plan.damped:
         return [1.0, 1.0, 1.0]
     of_sums = power_of_two(factor) / plan.unit(rule)

@@ -87,7 +87,7 @@ def blocks(x: Tensor) -> Iterator[slice]:
 
 
 class Rule(NamedTuple):
-    """What every loss computes with, in the order of the operators' arguments."""
+    """The numbers that every loss computes with, in the order of the operators' arguments."""
 
     mu: float
     temperature: float

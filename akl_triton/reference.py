@@ -1,8 +1,8 @@
 """The float64 oracle of adaptive KL, and the authors' own computation.
 
 `reference_adaptive_kl` spells the definition out with a full sort and every intermediate kept, to
-be read beside the formulas; `authors_adaptive_kl` is the published fp32 code, the baseline of every
-comparison.
+be read along with the formulas; `authors_adaptive_kl` is the published fp32 code, the baseline of
+every comparison.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What every backend hands back for a batch of rows: autograd need not know which one ran."""
+"""The results of a batch of rows, the same for every backend: autograd need not know which ran."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ def share_out(
 
 
 class _Workers:
-    """As many threads as a call has asked for so far; they wait for tasks until the process ends.
+    """A pool as large as the largest request so far; its threads wait until the process ends.
 
     Daemons, unlike those of concurrent.futures, which takes no tasks once the main thread is done,
     although another may still train.

@@ -25,7 +25,7 @@ REQUIRES = {
 
 
 class UsageError(Exception):
-    """What the user asked for cannot be done here; the message is for them."""
+    """The user asked for something that cannot be done here; the message is for them."""
 
 
 def _integer(minimum: int) -> Callable[[str], int]:

@@ -30,7 +30,7 @@ MIB = 2**20
 
 
 class Cost(NamedTuple):
-    """Of forward and backward; the memory is what is allocated on top of the two inputs."""
+    """The cost of forward and backward; the memory is allocated on top of the two inputs."""
 
     milliseconds: float
     mebibytes: float

@@ -223,7 +223,7 @@ def compare(case: Case, student: Tensor, teacher: Tensor, labels: Tensor, backen
 
 
 class Outcome(NamedTuple):
-    """What a loss gave for a case, on the device."""
+    """The results of a loss for a case, on the device."""
 
     loss: Tensor  # [N]
     head_size: Tensor  # [N]

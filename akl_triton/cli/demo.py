@@ -54,7 +54,7 @@ Tokenize = Callable[[str], list[int]]
 
 
 class Point(NamedTuple):
-    """How far from the teacher one student is on the held-out text."""
+    """The distance of one student from the teacher on the held-out text."""
 
     step: int
     trained_with: str  # AKL | FKL | RKL

@@ -1,4 +1,4 @@
-"""What is installed, which devices there are, and which backend would run on each."""
+"""List what is installed, the devices, and the backend that would run on each of them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What several commands make of the same option."""
+"""Options that several commands share."""
 
 from __future__ import annotations
 

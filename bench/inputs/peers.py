@@ -1,4 +1,4 @@
-"""The losses that ours is measured beside, as rows of one table.
+"""The losses with which ours is compared, as rows of one table.
 
 Each row says what it computes: a kernel that gives the forward KL alone does less than AKL, and its
 like is our ``forward_kl``. Peers are optional, found when they are asked for, and of the versions

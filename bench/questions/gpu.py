@@ -661,7 +661,7 @@ def line(case: Case, result: Result) -> str:
 
 
 def best_launches(data: dict[str, Any]) -> list[str]:
-    """For every V and phase the fastest of the candidates, beside the table's."""
+    """For every V and phase the fastest of the candidates, and the table's launch."""
     timed: dict[tuple[int, str], list[dict[str, Any]]] = {}
     for result in data["results"]:
         if result["BLOCK"] is not None and result["median"] is not None:

@@ -14,9 +14,9 @@ DOCUMENT = ROOT / "bench" / "RESULTS.md"
 
 # Question: heading of its section. In the order of asking, as the floor reads the others.
 SECTIONS = {
-    "instructions": "Instructions, registers and occupancy, ours beside the peers",
+    "instructions": "Instructions, registers and occupancy, ours and the peers'",
     "traffic": "Bytes, executed instructions and scans on real logits",
-    "operators": "Bytes beside the peers, operator by operator",
+    "operators": "Bytes, ours and the peers', operator by operator",
     "growth": "Growth with N and V",
     "linear": "Fused linear: peak memory and time",
     "floor": "Floors",
