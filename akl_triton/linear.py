@@ -36,9 +36,8 @@ from .kernels.layout import STATISTICS
 from .rows import damping, power_of_two, room
 
 # The fp32 sum of dW, 8 V H bytes read and written once per chunk, should cost little compared with
-# the products, 8 V H flops a token or more: a chunk needs thousands of tokens on a machine that does
-# 200 flops in the time of a byte (a GPU), and a hundred on one that does 10: `python -m bench
-# linear`.
+# the products, 8 V H flops a token or more. A chunk needs thousands of tokens where a machine does
+# 200 flops in the time of a byte (a GPU), and a hundred where it does 10: `python -m bench linear`.
 CHUNK_BYTES = {"cpu": 2**28}
 CHUNK_BYTES_ELSEWHERE = 2**30
 # What is written of fp16 gradients leaves so much room for their sums over the vocabulary.
