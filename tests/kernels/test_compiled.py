@@ -7,11 +7,13 @@ be there; and random orders of the warps must not change a bit, which a missing 
 
 from __future__ import annotations
 
+import math
 import shutil
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from akl_triton.kernels import launch
 from bench.lab import ptxcpu
@@ -165,17 +167,16 @@ def test_other_architectures_compute_the_same(arch: int) -> None:
     torch.testing.assert_close(output.gradient, expected.gradient, rtol=1e-2, atol=1e-6)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_sweeps_for_the_head_are_few(dtype: torch.dtype) -> None:
-    """No kind of row makes the search crawl; the sweeps are what a head costs in bytes read."""
-    v, bound = 8000, 16
-    student, teacher = make_rows(v, v, dtype, dtype, seed=1)
+def sweeps_for_the_head(
+    counters: Any, student: Tensor, teacher: Tensor, *, mu: float, temperature: float
+) -> float:
+    """How often the search for the head of a row reads its teacher logits [V]."""
 
-    def bytes_read(row: int, temperature: float, mu: float, weight: float | None) -> int:
+    def bytes_read(weight: float | None) -> int:
         counters.reset()
         launch.forward(
-            student[None, row : row + 1],
-            teacher[None, row : row + 1],
+            student[None, None],
+            teacher[None, None],
             None,
             torch.empty(1),
             torch.empty(1, 8),
@@ -188,13 +189,35 @@ def test_sweeps_for_the_head_are_few(dtype: torch.dtype) -> None:
         )
         return int(counters["forward_kernel"]["gld_bytes"])
 
+    return (bytes_read(None) - bytes_read(0.5)) / (len(teacher) * teacher.element_size())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_sweeps_for_the_head_are_few(dtype: torch.dtype) -> None:
+    """No kind of row makes the search crawl; the sweeps are what a head costs in bytes read."""
+    v, bound = 8000, 16
+    student, teacher = make_rows(v, v, dtype, dtype, seed=1)
+
     with ptxcpu.active(arch=90) as counters:
         for row, kind in enumerate(KINDS):
             for temperature, mu in ((1.0, 0.5), (4.0, 0.999), (1.0, 0.9), (0.5, 0.01)):
-                fixed = bytes_read(row, temperature, mu, 0.5)
-                read = bytes_read(row, temperature, mu, None) - fixed
-                sweeps = read / (v * teacher.element_size())
+                of_row = student[row], teacher[row]
+                sweeps = sweeps_for_the_head(counters, *of_row, mu=mu, temperature=temperature)
                 assert sweeps <= bound, f"{kind}, mu {mu}, T {temperature}: {sweeps:.0f} sweeps"
+
+
+@needs_compiler
+def test_the_search_bisects_where_interpolation_does_not_help() -> None:
+    """Nearly all of the mass sits at the lower end of every bracket, while a straight line points
+    to the upper end, from which light tokens lead down in ever smaller steps."""
+    v, light = 8000, 150
+    cluster = math.log(0.7 / (0.3 * (v - 1 - light)))  # 0.7 of the mass, in equal tokens
+    teacher = torch.full((v,), cluster)
+    teacher[0] = 0.0
+    teacher[1 : 1 + light] += 1.2 * 0.93 ** torch.arange(light)
+    with ptxcpu.active(arch=90) as counters:
+        sweeps = sweeps_for_the_head(counters, torch.zeros(v), teacher, mu=0.34, temperature=1.0)
+    assert sweeps <= 16, f"{sweeps:.0f} sweeps"
 
 
 @needs_compiler
