@@ -335,8 +335,9 @@ def _check_transforms(name: str, tensor: Tensor) -> None:
     Without this, forward mode would give 0 without a word, and torch.func.grad an error of
     PyTorch's about how the operators are written. Reverse mode and vmap have their rules."""
     if torch.compiler.is_compiling():
-        return
-    came = _unsupported_derivative(tensor)
+        came = _unsupported_transform()
+    else:
+        came = _unsupported_derivative(tensor)
     if came is not None:
         raise RuntimeError(
             f"akl_triton: {name}: expected a tensor whose gradient loss.backward() or "
@@ -344,22 +345,34 @@ def _check_transforms(name: str, tensor: Tensor) -> None:
         )
 
 
+FORWARD_MODE = "one with a tangent (torch.func.jvp, or forward-mode AD)"
+TRANSFORMED = "one that torch.func.grad (or vjp) differentiates"
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _unsupported_transform() -> str | None:
+    """While compiling, all transforms of torch.func count: whose tensors they are is not known."""
+    found = {i.key().name for i in torch._C._functorch.get_interpreter_stack() or ()}
+    if "Jvp" in found:
+        return FORWARD_MODE
+    return TRANSFORMED if "Grad" in found else None
+
+
 def _unsupported_derivative(tensor: Tensor) -> str | None:
     functorch = torch._C._functorch
-    forward_mode = "one with a tangent (torch.func.jvp, or forward-mode AD)"
     # What vmap has wrapped cannot be asked for a tangent.
     dual = forward_ad._current_level >= 0 and not functorch.is_batchedtensor(tensor)
     if dual and forward_ad.unpack_dual(tensor).tangent is not None:  # type: ignore[no-untyped-call]
-        return forward_mode
+        return FORWARD_MODE
     transforms = {i.level(): i.key().name for i in functorch.get_interpreter_stack() or ()}
     outermost = tensor
     while functorch.is_functorch_wrapped_tensor(tensor):
         transform = transforms.get(functorch.maybe_get_level(tensor))
         if transform == "Grad" and tensor.requires_grad:
-            return "one that torch.func.grad (or vjp) differentiates"
+            return TRANSFORMED
         # The tangent of an inner level cannot be asked for, so that any is taken to have one.
         if transform == "Jvp" and tensor is not outermost:
-            return forward_mode
+            return FORWARD_MODE
         tensor = functorch.get_unwrapped(tensor)
     return None
 

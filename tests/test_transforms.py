@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, cast
 
 import pytest
@@ -75,6 +76,31 @@ def test_refused_by_name(argument, transform):
     name = argument.partition(",")[0]
     with pytest.raises(RuntimeError, match=rf"^akl_triton: {name}: expected .* (tangent|grad)"):
         TRANSFORMS[transform](function, x)
+
+
+@pytest.mark.parametrize("transform", ["jvp", "grad", "vjp", "vmap of grad"])
+@pytest.mark.parametrize("argument", ["student_logits", "student_hidden"])
+def test_refused_by_name_under_compile(argument, transform):
+    """Compiled, jvp gave a tangent of 0, and grad an error of PyTorch's."""
+    function, x = OF[argument]
+    compiled = torch.compile(partial(TRANSFORMS[transform], function), backend="eager")
+    with pytest.raises(RuntimeError, match=rf"^akl_triton: {argument}: expected .* (tangent|grad)"):
+        compiled(x)
+
+
+@pytest.mark.parametrize("transform", ["jvp", "grad"])
+def test_refused_in_one_graph(transform):
+    function, x = OF["student_logits"]
+    whole = partial(TRANSFORMS[transform], function)
+    with pytest.raises(Exception, match="akl_triton: student_logits: expected"):
+        torch.compile(whole, backend="eager", fullgraph=True)(x)
+
+
+def test_vmap_under_compile():
+    many = torch.stack([LOGITS, 2 * LOGITS])
+    compiled = torch.compile(vmap(lambda x: adaptive_kl(x, TEACHER)), backend="eager")
+    expected = [adaptive_kl(x, TEACHER).item() for x in many]
+    assert compiled(many).tolist() == pytest.approx(expected)
 
 
 def test_constants_within_a_transform_are_no_business_of_it():
