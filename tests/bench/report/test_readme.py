@@ -43,6 +43,7 @@ def test_no_figure_stands_outside_of_the_blocks() -> None:
         ("demo", '"forward_kl": ', '"forward_kl": 9'),
         ("demo", '"all logits": ', '"all logits": 9'),
         ("instructions", '"instructions": ', '"instructions": 9'),
+        ("traffic", '"instructions": ', '"instructions": 9'),
     ],
 )
 def test_a_changed_figure_is_drift(
