@@ -349,13 +349,16 @@ FORWARD_MODE = "one with a tangent (torch.func.jvp, or forward-mode AD)"
 TRANSFORMED = "one that torch.func.grad (or vjp) differentiates"
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _unsupported_transform() -> str | None:
     """While compiling, all transforms of torch.func count: whose tensors they are is not known."""
     found = {i.key().name for i in torch._C._functorch.get_interpreter_stack() or ()}
     if "Jvp" in found:
         return FORWARD_MODE
     return TRANSFORMED if "Grad" in found else None
+
+
+# What torch.compiler.assume_constant_result sets; calling it would import all of torch._dynamo.
+_unsupported_transform._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _unsupported_derivative(tensor: Tensor) -> str | None:
