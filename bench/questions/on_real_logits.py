@@ -110,7 +110,8 @@ def markdown(data: dict[str, Any]) -> str:
     return "\n\n".join(
         [
             f"N = {data['rows']}, V = {data['vocabulary']:,}, T = 1, {data['threads']} threads "
-            f"of {data['cpu']}. Forward and backward; the gradient is no temporary.",
+            f"of {data['cpu']}. Forward and backward; the gradient is no temporary. "
+            "Temporaries are those of one thread: each thread of the PyTorch backend has its own.",
             table(
                 ("dtype", "loss", "ms", "MiB of temporaries"),
                 [

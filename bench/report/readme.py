@@ -109,7 +109,7 @@ def on_a_cpu() -> str:
         f"On a CPU the PyTorch backend takes {ours['milliseconds']:,.0f} ms for {real['rows']} "
         f"real rows of V = {real['vocabulary']:,} in {_short(case['dtype'])} "
         f"({real['threads']} threads) where the authors' code takes "
-        f"{authors['milliseconds']:,.0f} ms, with {share:.2f} of its temporaries: "
+        f"{authors['milliseconds']:,.0f} ms, with {share:.2f} of its temporaries per thread: "
         f"`python -m bench on_real_logits`. From hidden states, the loss of {linear['tokens']:,} "
         "tokens of that vocabulary and all its gradients peak at "
         f"{peaks['linear_adaptive_kl'] / MIB:,.0f} MiB where the authors' code on all logits "
