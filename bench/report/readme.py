@@ -106,14 +106,13 @@ def on_a_cpu() -> str:
     peaks = {row["name"]: row["peak_bytes"] for row in linear["methods"] if "peak_bytes" in row}
     *_, of_authors = peaks.values()
     return _paragraph(
-        f"On a CPU the PyTorch backend takes {ours['milliseconds']:,.0f} ms for {real['rows']} "
-        f"real rows of V = {real['vocabulary']:,} in {_short(case['dtype'])} "
-        f"({real['threads']} threads) where the authors' code takes "
-        f"{authors['milliseconds']:,.0f} ms, with {share:.2f} of its temporaries per thread: "
-        f"`python -m bench on_real_logits`. From hidden states, the loss of {linear['tokens']:,} "
-        "tokens of that vocabulary and all its gradients peak at "
-        f"{peaks['linear_adaptive_kl'] / MIB:,.0f} MiB where the authors' code on all logits "
-        f"needs {of_authors / MIB:,.0f} MiB: `python -m bench linear`."
+        f"For {real['rows']} real rows of V = {real['vocabulary']:,} in {_short(case['dtype'])} "
+        f"the PyTorch backend takes {ours['milliseconds']:,.0f} ms ({real['threads']} threads) "
+        f"where the authors' code takes {authors['milliseconds']:,.0f} ms, and a thread of it holds "
+        f"{share:.2f} of their temporaries: `python -m bench on_real_logits`. From hidden states, "
+        f"the loss of {linear['tokens']:,} tokens of that vocabulary and all its gradients peak "
+        f"at {peaks['linear_adaptive_kl'] / MIB:,.0f} MiB where the authors' code on all logits needs "
+        f"{of_authors / MIB:,.0f} MiB: `python -m bench linear`."
     )
 
 
@@ -154,7 +153,10 @@ def demo() -> str:
 
 
 def _paragraph(text: str) -> str:
-    return textwrap.fill(text, WIDTH, break_long_words=False, break_on_hyphens=False)
+    """The text in lines; none ends inside of a command."""
+    whole = re.sub(r"`[^`]+`", lambda code: code[0].replace(" ", "\0"), text)
+    lines = textwrap.fill(whole, WIDTH, break_long_words=False, break_on_hyphens=False)
+    return lines.replace("\0", " ")
 
 
 BLOCKS: dict[str, Callable[[], str]] = {
