@@ -108,11 +108,12 @@ def on_a_cpu() -> str:
     return _paragraph(
         f"For {real['rows']} real rows of V = {real['vocabulary']:,} in {_short(case['dtype'])} "
         f"the PyTorch backend takes {ours['milliseconds']:,.0f} ms ({real['threads']} threads) "
-        f"where the authors' code takes {authors['milliseconds']:,.0f} ms, and a thread of it "
-        f"holds {share:.2f} of their temporaries: `python -m bench on_real_logits`. From hidden states, "
+        f"where the authors' code takes {authors['milliseconds']:,.0f} ms, and a thread "
+        f"of it holds {share:.2f} of their temporaries: `python -m bench on_real_logits`. From "
+        "hidden states, "
         f"the loss of {linear['tokens']:,} tokens of that vocabulary and all its gradients peak "
-        f"at {peaks['linear_adaptive_kl'] / MIB:,.0f} MiB where the authors' code on all logits "
-        f"needs {of_authors / MIB:,.0f} MiB: `python -m bench linear`."
+        f"at {peaks['linear_adaptive_kl'] / MIB:,.0f} MiB where the authors' code on all "
+        f"logits needs {of_authors / MIB:,.0f} MiB: `python -m bench linear`."
     )
 
 
