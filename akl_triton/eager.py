@@ -163,7 +163,7 @@ def backward(
         )
 
     _for_each_chunk(work, student, teacher, valid)
-    _clear_uncounted(by_row, valid)
+    _clear_invalid(by_row, valid)
 
 
 def _sweep(
@@ -209,9 +209,9 @@ def _sweep(
 
     _for_each_chunk(work, student, teacher, valid)
     for rows_of in result:
-        _clear_uncounted(rows_of, valid)
+        _clear_invalid(rows_of, valid)
     if by_row is not None:
-        _clear_uncounted(by_row, valid)
+        _clear_invalid(by_row, valid)
     return result
 
 
@@ -318,15 +318,15 @@ def _sync_is_free(x: Tensor) -> bool:
     return x.device.type == "cpu"
 
 
-def _clear_uncounted(x: Tensor, valid: Tensor | None) -> None:
+def _clear_invalid(x: Tensor, valid: Tensor | None) -> None:
     """Zero the rows of x, or its entries if it has one a row, that do not count, NaN included."""
     if valid is None:
         return
-    uncounted = ~valid.view(x.shape[: max(x.dim() - 1, 1)])
+    invalid = ~valid.view(x.shape[: max(x.dim() - 1, 1)])
     if _sync_is_free(x):
-        x[uncounted] = 0.0
+        x[invalid] = 0.0
     else:
-        x.masked_fill_(uncounted.view(*uncounted.shape, *[1] * (x.dim() - uncounted.dim())), 0.0)
+        x.masked_fill_(invalid.view(*invalid.shape, *[1] * (x.dim() - invalid.dim())), 0.0)
 
 
 def _exponentials(

@@ -82,6 +82,8 @@ def reference_adaptive_kl(
         >>> round(result.forward_weight.item(), 6), result.head.tolist()
         (0.5, [[True, False, False]])
     """
+    if size is not None and weight is not None:
+        raise ValueError("size: expected None with a fixed weight, which has no head, got a tensor")
     student, teacher = shared_vocabulary(student_logits.detach(), teacher_logits.detach())
     t = mapped_logits(teacher, teacher_softcap, teacher_logit_scale)
     s = mapped_logits(student, student_softcap, student_logit_scale)

@@ -294,7 +294,7 @@ def test_without_looking(dtype: torch.dtype, forbidden: bool) -> None:
 
 @pytest.mark.usefixtures("no_looking")
 def test_invalid_rows_without_looking() -> None:
-    check_uncounted([True, False, True, True, False, True])
+    check_invalid_rows([True, False, True, True, False, True])
 
 
 @pytest.mark.parametrize(
@@ -309,10 +309,10 @@ def test_invalid_rows_without_looking() -> None:
     ids=lambda pattern: "".join("01"[counts] for counts in pattern),
 )
 def test_invalid_rows(pattern: list[bool]) -> None:
-    check_uncounted(pattern)
+    check_invalid_rows(pattern)
 
 
-def check_uncounted(pattern: list[bool]) -> None:
+def check_invalid_rows(pattern: list[bool]) -> None:
     """They are exactly zero whatever they hold; the others are as if they were alone."""
     valid = torch.tensor(pattern)
     student, teacher = rows_of_every_kind(3000, seed=11)

@@ -366,3 +366,18 @@ def test_boundary_rule_leaves_a_mass_that_hits_mu_open() -> None:
         assert head_faults(student, teacher, **claim) == []
     faults = head_faults(student, teacher, **claims(student, teacher, mu=0.3))
     assert faults[0] == "row 0: head_size 2 is not in [3, 4]"
+
+
+def test_a_fixed_weight_has_no_head_of_a_size() -> None:
+    teacher, student = random_logits(1, 8, seed=20), random_logits(1, 8, seed=21)
+    with pytest.raises(ValueError, match=r"^size: expected None with a fixed weight"):
+        reference_adaptive_kl(student, teacher, size=torch.tensor([3]), weight=0.5)
+
+
+@pytest.mark.parametrize("ties", ["stable", "average"])
+def test_a_head_of_a_size_is_that_of_the_mu_which_has_it(ties: Ties) -> None:
+    teacher, student = random_logits(5, 60, seed=22).bfloat16(), random_logits(5, 60, seed=23)
+    of_mu = reference_adaptive_kl(student, teacher, mu=0.7, ties=ties)
+    sized = reference_adaptive_kl(student, teacher, mu=0.1, ties=ties, size=of_mu.head_size.long())
+    for ours, expected in zip(sized, of_mu, strict=True):
+        assert torch.equal(ours, expected)
