@@ -189,8 +189,8 @@ def check_num_items(
         check_device("num_items", num_items, student, of)
     elif not (is_traced(num_items) or num_items >= 0):  # also NaN
         raise ValueError(f"num_items: expected >= 0, got {num_items.item()}")
-    count = num_items.float()
-    return count.masked_fill(count == 0, 1.0)
+    items = num_items.float()
+    return items.masked_fill(items == 0, 1.0)
 
 
 def check_inplace(student: Tensor, teacher: Tensor) -> None:
