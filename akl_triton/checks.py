@@ -116,7 +116,12 @@ def check_projection(
             )
 
 
-def check_chunk_bytes(chunk_bytes: int, bytes_per_row: int) -> None:
+def check_chunk_bytes(name: str, value: object) -> int | None:
+    """None, or a number of bytes, which `check_chunk` compares with a row."""
+    return None if value is None else check_integer(name, value)
+
+
+def check_chunk(chunk_bytes: int, bytes_per_row: int) -> None:
     """At least one row of logits of both sides."""
     if chunk_bytes < bytes_per_row:
         raise ValueError(
@@ -125,10 +130,11 @@ def check_chunk_bytes(chunk_bytes: int, bytes_per_row: int) -> None:
         )
 
 
-def check_accum_dtype(dtype: object) -> None:
+def check_accum_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
     """A dtype that gradients can be summed in."""
     if dtype not in LOGIT_DTYPES:
-        raise TypeError(f"accum_dtype: expected {_join(LOGIT_DTYPES)}, got {dtype}")
+        raise TypeError(f"{name}: expected {_join(LOGIT_DTYPES)}, got {dtype}")
+    return dtype
 
 
 def check_labels(
@@ -157,11 +163,11 @@ def check_labels(
         )
 
 
-def check_shift(shift: object) -> int:
+def check_shift(name: str, shift: object) -> int:
     """Check the number of positions by which a label is ahead of the logits that predict it."""
-    checked = check_integer("shift", shift)
+    checked = check_integer(name, shift)
     if checked < 0:
-        raise ValueError(f"shift: expected an integer >= 0, got {checked}")
+        raise ValueError(f"{name}: expected an integer >= 0, got {checked}")
     return checked
 
 
@@ -245,11 +251,12 @@ def check_can_be_saved(name: str, tensor: Tensor) -> None:
         )
 
 
-def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+def check_choice(name: str, value: object, choices: Sequence[str]) -> str:
     """One of a few strings."""
     if not isinstance(value, str) or value not in choices:
         came = repr(value) if isinstance(value, (str, int)) else type(value).__name__
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {came}")
+    return value
 
 
 def check_number(
@@ -259,13 +266,16 @@ def check_number(
     above: float = -math.inf,
     below: float = math.inf,
     closed: bool = False,
+    instead: str = "",
 ) -> float:
-    """A number of fp32 strictly between the bounds, or between and including them."""
+    """A number of fp32 strictly between the bounds, or between and including them.
+
+    `instead` is what the message says to use where it is not."""
     # torch.compile knows its own numbers, but not that they are numbers.Real.
     if isinstance(value, bool) or not isinstance(
         value, (int, float, torch.SymInt, torch.SymFloat, numbers.Real)
     ):
-        raise TypeError(f"{name}: expected a number, got {_type_of(value)}")
+        raise TypeError(f"{name}: expected a number, got {type_of(value)}")
     number: Any = value
     inside = above <= number <= below if closed else above < number < below
     # NaN, too, is refused; math.isfinite would break a graph of torch.compile(dynamic=True).
@@ -273,16 +283,14 @@ def check_number(
         brackets = "[]" if closed else "()"
         raise ValueError(
             f"{name}: expected a finite number in {brackets[0]}{above:g}, {below:g}{brackets[1]}, "
-            f"got {value}"
+            f"got {value}{instead and f'; {instead}'}"
         )
     return float(number)
 
 
-def check_logit_map(side: str, softcap: object, logit_scale: object) -> tuple[float | None, float]:
-    """Both > 0: the logits keep their order."""
-    if softcap is not None:
-        softcap = check_number(f"{side}_softcap", softcap, above=0.0)
-    return softcap, check_number(f"{side}_logit_scale", logit_scale, above=0.0)
+def check_softcap(name: str, value: object) -> float | None:
+    """None, or > 0: the logits keep their order."""
+    return None if value is None else check_number(name, value, above=0.0)
 
 
 def check_integer(name: str, value: object) -> int:
@@ -294,19 +302,20 @@ def check_integer(name: str, value: object) -> int:
             raise TypeError
         return operator.index(value)  # type: ignore[arg-type]
     except TypeError:
-        raise TypeError(f"{name}: expected an int, got {_type_of(value)}") from None
+        raise TypeError(f"{name}: expected an int, got {type_of(value)}") from None
 
 
-def check_flag(name: str, value: object) -> None:
+def check_flag(name: str, value: object) -> bool:
     """True or False."""
     if not isinstance(value, bool):
         raise TypeError(f"{name}: expected True or False, got {type(value).__name__}")
+    return value
 
 
 def check_tensor(name: str, value: object, instead_of_dtensor: str = LOCAL) -> None:
     """A plain strided tensor, of whose derivatives there are only those that exist."""
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: expected a torch.Tensor, got {_type_of(value)}")
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type_of(value)}")
     distributed = sys.modules.get("torch.distributed.tensor")
     if distributed is not None and isinstance(value, distributed.DTensor):
         raise TypeError(f"{name}: expected a plain tensor, got a DTensor; {instead_of_dtensor}")
@@ -404,7 +413,7 @@ def check_device(name: str, tensor: Tensor, student: Tensor, of: str = "student_
         )
 
 
-def _type_of(value: object) -> str:
+def type_of(value: object) -> str:
     """The type as an error names it: float32 alone could be anybody's."""
     kind = type(value)
     return kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}"

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from . import workers
-from .kernels.layout import STATE_WIDTH, STATISTICS
-from .rows import LogitMap, RowResult, damping
+from .divergences import AdaptiveKL, Rule, TwoKL
+from .rows import LogitMap, RowResult, blocks, damping
 
 # Budget for the temporaries of a call; at least one row is taken.
 TEMPORARY_BYTES = 64 * 2**20
@@ -35,19 +35,8 @@ _SMALLEST = torch.finfo(torch.float32).tiny
 _HELD = 2.0**127 / _LOG2_E  # of |ln p - ln q|, as the kernels have it: 2^127 bits
 _HUGE = 2.0**100  # sums this large, in logits or in nats, are taken with care
 _STEEP = 2.0**20  # and everything where a unit of the logits is this many nats
-IDENTITY = LogitMap()
 
 _Rows: TypeAlias = slice | Tensor  # a run of rows, or the indices of scattered ones
-
-
-class _Options(NamedTuple):
-    mu: float
-    temperature: float
-    head: str
-    ties: str
-    weight: float | None  # None: the adaptive weight
-    student_map: LogitMap
-    teacher_map: LogitMap
 
 
 class _Chunk(NamedTuple):
@@ -86,51 +75,42 @@ def forward(
     student: Tensor,
     teacher: Tensor,
     valid: Tensor | None,
+    rule: Rule,
+    result: RowResult,
     *,
-    mu: float,
-    temperature: float,
-    head: str,
-    ties: str,
-    weight: float | None,
-    student_map: LogitMap = IDENTITY,
-    teacher_map: LogitMap = IDENTITY,
-) -> RowResult:
-    """Loss, backward state and statistics of every row that counts; zeros for the others.
-
-    Shape:
-        student [N, V_s], teacher [N, V_t], or [outer, inner, V] of N = outer * inner rows; valid
-        [N] bool or None where all rows count. V has unit stride.
-    Dtype:
-        fp32, bf16 or fp16, also mixed; computed and returned in fp32.
-    With a fixed weight there is no head: head_mass and head_size are then NaN.
-    """
-    options = _Options(mu, temperature, head, ties, weight, student_map, teacher_map)
-    return _sweep(student, teacher, valid, options)
-
-
-def forward_with_gradient(
-    student: Tensor,
-    teacher: Tensor,
-    valid: Tensor | None,
-    upstream: Tensor,
-    *,
-    mu: float,
-    temperature: float,
-    head: str,
-    ties: str,
-    weight: float | None,
-    out: Tensor,
+    upstream: Tensor | None = None,
+    gradient: Tensor | None = None,
     damped: bool = False,
-    student_map: LogitMap = IDENTITY,
-    teacher_map: LogitMap = IDENTITY,
-) -> RowResult:
-    """`forward`, which also writes upstream [N] * dloss/dstudent into `out`.
+) -> None:
+    """`backend.Backend.forward`, where logits may also be [N, V].
 
-    `out` has the shape of the student, or is the student itself.
+    With a fixed weight there is no head: head_mass and head_size are then NaN."""
+    student, teacher, rule = _merged(student), _merged(teacher), _rescaled(rule)
+    by_row = None if gradient is None else _merged(gradient)
+    with_stats = len(result.stats) > 0
 
-    `damped` divides the gradient of a row by `damping` of its loss."""
-    options = _Options(mu, temperature, head, ties, weight, student_map, teacher_map)
-    return _sweep(student, teacher, valid, options, upstream, out, damped)
+    def work(rows: _Rows, spaces: Tensor) -> None:
+        s, t = _take(student, rows), _take(teacher, rows)
+        max_t, max_s = t.amax(-1, keepdim=True).float(), s.amax(-1, keepdim=True).float()
+        chunk = _exponentials(s, t, max_t, max_s, rule, spaces)
+        stats, slope, kept = _divergence(chunk, s, t, max_t, rule)
+        w = stats.forward_weight
+        loss = w * stats.forward_kl + (1.0 - w) * stats.reverse_kl
+        result.loss[rows] = loss.squeeze(-1)
+        result.state[rows] = torch.cat((max_t, max_s, *slope), dim=-1)
+        if with_stats:
+            result.stats[rows] = torch.cat(stats, dim=-1)
+        if upstream is not None and by_row is not None:
+            g = upstream[rows]
+            if damped:
+                g = g / damping(loss.squeeze(-1))
+            _write_gradient(chunk, slope, kept, g, s, rule, by_row, rows)
+
+    _for_each_chunk(work, student, teacher, valid)
+    for rows_of in (result.loss, result.state, *((result.stats,) if with_stats else ())):
+        _clear_invalid(rows_of, valid)
+    if by_row is not None:
+        _clear_invalid(by_row, valid)
 
 
 def backward(
@@ -139,94 +119,47 @@ def backward(
     teacher: Tensor,
     valid: Tensor | None,
     state: Tensor,
-    *,
-    temperature: float,
-    out: Tensor,
-    student_map: LogitMap = IDENTITY,
-    teacher_map: LogitMap = IDENTITY,
+    rule: Rule,
+    gradient: Tensor,
 ) -> None:
-    """upstream [N] * dloss/dstudent into out, shaped like student or it itself."""
-    student, teacher, by_row = _merged(student), _merged(teacher), _merged(out)
-    temperature, student_map, teacher_map = _rescaled(temperature, student_map, teacher_map)
-    maps = student_map, teacher_map
+    """`backend.Backend.backward`, where logits may also be [N, V]."""
+    student, teacher, by_row = _merged(student), _merged(teacher), _merged(gradient)
+    rule = _rescaled(rule)
 
     def work(rows: _Rows, spaces: Tensor) -> None:
         s, t = _take(student, rows), _take(teacher, rows)
         max_t, max_s, *constants = state[rows, :, None].unbind(1)
         slope = _Slope(*constants)
-        chunk = _exponentials(s, t, max_t, max_s, temperature, maps, spaces)
+        chunk = _exponentials(s, t, max_t, max_s, rule, spaces)
         kept = None
         if not _sync_is_free(student) or slope.careful.any():
-            kept = _nats(chunk.d, s, t, temperature)
-        _write_gradient(
-            chunk, slope, kept, upstream[rows], s, student_map, temperature, by_row, rows
-        )
+            kept = _nats(chunk.d, s, t, rule.temperature)
+        _write_gradient(chunk, slope, kept, upstream[rows], s, rule, by_row, rows)
 
     _for_each_chunk(work, student, teacher, valid)
     _clear_invalid(by_row, valid)
 
 
-def _sweep(
-    student: Tensor,
-    teacher: Tensor,
-    valid: Tensor | None,
-    options: _Options,
-    upstream: Tensor | None = None,
-    out: Tensor | None = None,
-    damped: bool = False,
-) -> RowResult:
-    student, teacher = _merged(student), _merged(teacher)
-    by_row = None if out is None else _merged(out)
-    n, device = student.shape[0] * student.shape[1], student.device
-    result = RowResult(
-        loss=torch.zeros(n, dtype=torch.float32, device=device),
-        state=torch.zeros(n, STATE_WIDTH, dtype=torch.float32, device=device),
-        stats=torch.zeros(n, len(STATISTICS), dtype=torch.float32, device=device),
-    )
-    temperature, student_map, teacher_map = _rescaled(
-        options.temperature, options.student_map, options.teacher_map
-    )
-    options = options._replace(
-        temperature=temperature, student_map=student_map, teacher_map=teacher_map
-    )
-    maps = student_map, teacher_map
-
-    def work(rows: _Rows, spaces: Tensor) -> None:
-        s, t = _take(student, rows), _take(teacher, rows)
-        max_t, max_s = t.amax(-1, keepdim=True).float(), s.amax(-1, keepdim=True).float()
-        chunk = _exponentials(s, t, max_t, max_s, temperature, maps, spaces)
-        stats, slope, kept = _divergence(chunk, s, t, max_t, options)
-        w = stats.forward_weight
-        loss = w * stats.forward_kl + (1.0 - w) * stats.reverse_kl
-        result.loss[rows] = loss.squeeze(-1)
-        result.state[rows] = torch.cat((max_t, max_s, *slope), dim=-1)
-        result.stats[rows] = torch.cat(stats, dim=-1)
-        if upstream is not None and by_row is not None:
-            g = upstream[rows]
-            if damped:
-                g = g / damping(loss.squeeze(-1))
-            _write_gradient(chunk, slope, kept, g, s, student_map, temperature, by_row, rows)
-
-    _for_each_chunk(work, student, teacher, valid)
-    for rows_of in result:
-        _clear_invalid(rows_of, valid)
-    if by_row is not None:
-        _clear_invalid(by_row, valid)
-    return result
+def rescale(rows: Tensor, factor: Tensor) -> None:
+    """`backend.Backend.rescale`."""
+    for block in blocks(rows):
+        rows[block].mul_(factor[block, None])
 
 
-def _rescaled(
-    temperature: float, student_map: LogitMap, teacher_map: LogitMap
-) -> tuple[float, LogitMap, LogitMap]:
+def _rescaled(rule: Rule) -> Rule:
     """The same losses with T < 2: both sides' logits are divided by a power of two."""
-    temperature = max(temperature, _SMALLEST)
+    temperature = max(rule.temperature, _SMALLEST)
     power = _power_of_two(min(max(temperature, 1.0), _HUGE))
 
     def divided(logit_map: LogitMap) -> LogitMap:
         softcap, scale = logit_map
         return LogitMap(None if softcap is None else softcap / power, scale / power)
 
-    return temperature / power, divided(student_map), divided(teacher_map)
+    return rule._replace(
+        temperature=temperature / power,
+        student_map=divided(rule.student_map),
+        teacher_map=divided(rule.teacher_map),
+    )
 
 
 def _power_of_two(x: float) -> float:
@@ -334,19 +267,17 @@ def _exponentials(
     teacher: Tensor,
     max_t: Tensor,
     max_s: Tensor,
-    temperature: float,
-    maps: tuple[LogitMap, LogitMap],
+    rule: Rule,
     spaces: Tensor,
 ) -> _Chunk:
     rows, v_t, v_s = teacher.shape[0], teacher.shape[-1], student.shape[-1]
     x, p = spaces[:2, :rows, :v_t]
     q, y = spaces[2:4, :rows, :v_s]
-    student_map, teacher_map = maps
-    _below_maximum(teacher, max_t, teacher_map, out=x)
-    _below_maximum(student, max_s, student_map, out=y)
+    _below_maximum(teacher, max_t, rule.teacher_map, out=x)
+    _below_maximum(student, max_s, rule.student_map, out=y)
     # exp2 is vectorised everywhere, exp only at half its speed.
-    torch.mul(x, _LOG2_E / temperature, out=p).exp2_()
-    torch.mul(y, _LOG2_E / temperature, out=q).exp2_()
+    torch.mul(x, _LOG2_E / rule.temperature, out=p).exp2_()
+    torch.mul(y, _LOG2_E / rule.temperature, out=q).exp2_()
     shared = min(v_t, v_s)
     d = x[:, :shared].sub_(y[:, :shared])
     return _Chunk(d, p, q, spare=spaces[3:, :rows])
@@ -391,12 +322,12 @@ def _nats(d: Tensor, student: Tensor, teacher: Tensor, temperature: float) -> Te
 
 
 def _divergence(
-    chunk: _Chunk, student: Tensor, teacher: Tensor, max_t: Tensor, options: _Options
+    chunk: _Chunk, student: Tensor, teacher: Tensor, max_t: Tensor, rule: Rule
 ) -> tuple[_RowStats, _Slope, Tensor | None]:
     """Statistics of R rows, what their gradient needs, and which entries of d are kept."""
     d, p, q, spare = chunk
     distance = spare[0, :, : p.shape[-1]]
-    shared, temperature = d.shape[-1], options.temperature
+    shared, temperature = d.shape[-1], rule.temperature
     p_shared, q_shared = p[:, :shared], q[:, :shared]
     z_t, z_s = p.sum(-1, keepdim=True), q.sum(-1, keepdim=True)
     product = distance[:, :shared]
@@ -410,7 +341,7 @@ def _divergence(
     kept, per_nat = None, temperature
     if (
         not _sync_is_free(d)
-        or _rate(options.student_map, temperature) > _STEEP
+        or _rate(rule) > _STEEP
         or not bool((p_d.abs() + q_d.abs() < _HUGE * min(temperature, 1.0)).all())
     ):
         kept, per_nat = _nats(d, student, teacher, temperature), 1.0
@@ -432,11 +363,13 @@ def _divergence(
     only_student = q[:, shared:].sum(-1, keepdim=True) * (z_t / z_s)
     gap = distance.sum(-1, keepdim=True) + only_student
 
-    if options.weight is None:
-        g_head, mass, size = _head(chunk, teacher, max_t, z_t, options)
+    assert isinstance(rule.divergence, TwoKL)
+    weight = rule.divergence.fixed_weight
+    if weight is None:
+        g_head, mass, size = _head(chunk, teacher, max_t, z_t, rule)
         w = torch.where(gap == 0.0, 0.5, g_head / gap).clamp(max=1.0)
     else:
-        w = torch.full_like(gap, options.weight)
+        w = torch.full_like(gap, weight)
         mass = size = torch.full_like(gap, torch.nan)
     w, mass, size = (x.masked_fill(gap.isnan(), torch.nan) for x in (w, mass, size))
 
@@ -459,17 +392,16 @@ def _write_gradient(
     kept: Tensor | None,
     upstream: Tensor,
     student: Tensor,
-    student_map: LogitMap,
-    temperature: float,
+    rule: Rule,
     out: Tensor,
     rows: _Rows,
 ) -> None:
     """The rows of out [outer, inner, V_s] = upstream * dloss/dstudent. Uses up the chunk."""
     d, p, q = chunk.d, chunk.p[:, : chunk.d.shape[-1]], chunk.q
     shared = d.shape[-1]
-    if student_map.softcap is not None:  # 1 - tanh^2; the scale is in the rate
+    if rule.student_map.softcap is not None:  # 1 - tanh^2; the scale is in the rate
         chain = chunk.spare[2, :, : q.shape[-1]]
-        chain.copy_(student).mul_(_gain(student_map)).tanh_().square_().neg_().add_(1.0)
+        chain.copy_(student).mul_(_gain(rule.student_map)).tanh_().square_().neg_().add_(1.0)
         q.mul_(chain)
         p.mul_(chain[:, :shared])
     # Both addends of k are of the size of their difference, which is 0 where q is 1.
@@ -482,7 +414,7 @@ def _write_gradient(
     q[:, :shared].mul_(factor).add_(d).sub_(p.mul_(slope.b))
     q[:, shared:].mul_(slope.a_dropped)
     gradient = q
-    rate = _rate(student_map, temperature)
+    rate = _rate(rule)
     if rate != 1.0:
         gradient.mul_(rate)
     if kept is not None:
@@ -494,13 +426,13 @@ def _write_gradient(
         torch.mul(gradient, upstream.float()[:, None], out=view)
 
 
-def _rate(student_map: LogitMap, temperature: float) -> float:
+def _rate(rule: Rule) -> float:
     """Nats that a unit of the student's logits is worth, where they are not capped."""
-    return min(student_map.scale / temperature, _LARGEST)
+    return min(rule.rate, _LARGEST)
 
 
 def _head(
-    chunk: _Chunk, teacher: Tensor, max_t: Tensor, z_t: Tensor, options: _Options
+    chunk: _Chunk, teacher: Tensor, max_t: Tensor, z_t: Tensor, rule: Rule
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gap (in units of 1/z_t), mass and size of the head, each [R, 1] fp32.
 
@@ -509,9 +441,11 @@ def _head(
     With v the logit at which the cumulative mass crosses mu, the head is every token above v and k
     of the n tokens equal to v.
     """
+    divergence = rule.divergence
+    assert isinstance(divergence, AdaptiveKL)
     # Metal has no fp64; its fp32 sums blur the boundary by a few more roundings.
     wide = torch.float32 if teacher.device.type == "mps" else torch.float64
-    target = options.mu * z_t.to(wide)
+    target = divergence.mu * z_t.to(wide)
     spare = chunk.spare[:, :, : chunk.p.shape[-1]]
     distance = spare[0]
     none = torch.zeros_like(target)
@@ -526,8 +460,8 @@ def _head(
     ranked = logits.sort(dim=-1, descending=True).values
     last = (ranked > -torch.inf).sum(-1, keepdim=True) - 1
     # In fp64, and over itself where it can be: a row of equal logits is here in its full width.
-    masses = _mapped(ranked.to(wide, copy=True), options.teacher_map)
-    masses.sub_(_mapped(max_t.to(wide), options.teacher_map)).div_(options.temperature).exp_()
+    masses = _mapped(ranked.to(wide, copy=True), rule.teacher_map)
+    masses.sub_(_mapped(max_t.to(wide), rule.teacher_map)).div_(rule.temperature).exp_()
     cumulative = masses.cumsum(-1).add_(window.mass_above)
     crossing = (cumulative <= target).sum(-1, keepdim=True).minimum(last).clamp(min=0)
     v, mass_v = ranked.gather(-1, crossing), masses.gather(-1, crossing)
@@ -538,10 +472,10 @@ def _head(
     mass = cumulative.gather(-1, first) - masses.gather(-1, first)
     del ranked, masses, cumulative
     seats = (target - mass) / mass_v.clamp(min=torch.finfo(wide).tiny)
-    seats = seats.floor() if options.head == "exclusive" else seats.ceil()
+    seats = seats.floor() if divergence.head == "exclusive" else seats.ceil()
     k = seats.clamp(min=0).minimum(n).maximum(1 - count)
 
-    if options.ties == "stable":
+    if divergence.ties == "stable":
         share = (tied & (tied.cumsum(-1, dtype=torch.int32) <= k)).float()
     else:
         share = tied * (k / n).float()

@@ -1,74 +1,83 @@
-"""The losses as modules, which hold nothing but the options of the functions they call."""
+"""The losses as modules, which hold nothing but a divergence and the options of a door."""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
-from typing import Any, ClassVar
+from collections.abc import Mapping
+from typing import Any, cast
 
-import torch
 from torch import Tensor
+from torch.nn.modules.loss import _Loss
+from typing_extensions import Unpack
 
-from . import checks, functional, linear
-from .functional import LossOrPair
+from .divergences import AdaptiveKL, Divergence, resolve
+from .linear_losses import linear_distillation_loss
+from .losses import AdaptiveKLOptions, LossAndStats, distillation_loss
+from .options import (
+    LINEAR_LOSS_OPTIONS,
+    LOSS_OPTIONS,
+    RETURN_STATS,
+    LinearLossOptions,
+    LossOptions,
+    Option,
+    Reduction,
+    resolved,
+)
 
 
-class _Options(torch.nn.Module):
-    """A loss with its options fixed; they are those of `function`, and shown in the repr."""
+class _DivergenceLoss(_Loss):
+    """Checks its divergence and options when it is made: a call comes after both models have run.
 
-    function: ClassVar[Callable[..., LossOrPair]]
-    of_a_call: ClassVar[tuple[str, ...]]  # keywords that are not options
+    The reduction is an attribute, as in the losses of PyTorch."""
 
-    def __init__(self, **options: Any) -> None:
-        super().__init__()
-        defaults = {
-            p.name: p.default
-            for p in inspect.signature(self.function).parameters.values()
-            if p.kind is p.KEYWORD_ONLY and p.name not in self.of_a_call
-        }
-        unknown = sorted(options.keys() - defaults.keys())
-        if unknown:
-            raise TypeError(
-                f"{type(self).__name__}: expected options among {', '.join(defaults)}, "
-                f"got {', '.join(unknown)}"
-            )
-        _check(**(defaults | options))
+    def __init__(
+        self,
+        divergence: Divergence | type[Divergence],
+        table: Mapping[str, Option],
+        given: Mapping[str, Any],
+    ) -> None:
+        known = {name: option for name, option in table.items() if option.check is not None}
+        known["return_stats"] = RETURN_STATS
+        member, options = resolved(type(self).__name__, divergence, known, given)
+        super().__init__(reduction=options.pop("reduction", "mean"))
+        self.divergence = member
+        self.return_stats: bool = options.pop("return_stats")
         self.options = options
 
     def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+        options = {
+            **self.options,
+            "reduction": self.reduction,
+            "return_stats": self.return_stats,
+        }
+        return f"{self.divergence}, " + ", ".join(f"{k}={v!r}" for k, v in options.items())
 
 
-def _check(
-    *,
-    mu: float = 0.5,
-    head: functional.Head = "exclusive",
-    ties: functional.Ties = "stable",
-    weight: float | None = None,
-    temperature: float,
-    student_softcap: float | None,
-    teacher_softcap: float | None,
-    student_logit_scale: float,
-    teacher_logit_scale: float,
-    inplace: bool = False,
-    chunk_bytes: int | None = None,
-    accum_dtype: torch.dtype = torch.float32,
-    **common: Any,
-) -> None:
-    """Check the options of any loss, here where they are given: a call comes after both models."""
-    functional.rule_of(
-        mu, head, ties, weight, temperature,
-        student_softcap, teacher_softcap, student_logit_scale, teacher_logit_scale,
-    )  # fmt: skip
-    functional.check_options(**common)
-    checks.check_flag("inplace", inplace)
-    linear.check_plan(chunk_bytes, accum_dtype)
+class DistillationLoss(_DivergenceLoss):
+    """`distillation_loss` as a module; the call takes the tensors and ``num_items``.
 
+    Args:
+        divergence: a member of the family, or its name, such as "reverse_kl".
+        return_stats: also return `DivergenceStats`.
+        options: those of `distillation_loss`.
 
-class _Loss(_Options):
-    """A loss of logits."""
+    Example:
+        >>> import torch
+        >>> from akl_triton import DistillationLoss, ReverseKL
+        >>> loss_function = DistillationLoss(ReverseKL(), temperature=2.0, shift=1)
+        >>> student, teacher = torch.randn(2, 4, 8), torch.randn(2, 4, 8)
+        >>> loss_function(student, teacher, labels=torch.zeros(2, 4, dtype=torch.long)).shape
+        torch.Size([])
+    """
 
-    of_a_call = ("num_items",)
+    def __init__(
+        self,
+        divergence: Divergence | str = AdaptiveKL(),  # noqa: B008 - it is frozen
+        *,
+        return_stats: bool = False,
+        **options: Unpack[LossOptions],
+    ) -> None:
+        given = {"return_stats": return_stats, **options}
+        super().__init__(resolve(divergence), LOSS_OPTIONS, given)
 
     def forward(
         self,
@@ -77,68 +86,61 @@ class _Loss(_Options):
         labels: Tensor | None = None,
         *,
         num_items: float | Tensor | None = None,
-    ) -> LossOrPair:
+    ) -> Tensor | LossAndStats:
         """The loss of student_logits [..., V_s] against teacher_logits [..., V_t]."""
-        return type(self).function(
-            student_logits, teacher_logits, labels, num_items=num_items, **self.options
+        return distillation_loss(
+            student_logits,
+            teacher_logits,
+            labels,
+            divergence=self.divergence,
+            num_items=num_items,
+            return_stats=self.return_stats,
+            reduction=cast(Reduction, self.reduction),
+            **self.options,
         )
 
 
-class AdaptiveKLLoss(_Loss):
-    """`adaptive_kl` as a module; the constructor takes its keyword options but `num_items`.
+class AdaptiveKLLoss(DistillationLoss):
+    """`DistillationLoss` of `AdaptiveKL`, whose fields are options here, as in `adaptive_kl`.
+
+    Example:
+        >>> from akl_triton import AdaptiveKLLoss
+        >>> AdaptiveKLLoss(mu=0.8, temperature=2.0).divergence
+        AdaptiveKL(mu=0.8, head='exclusive', ties='stable')
+    """
+
+    def __init__(self, *, return_stats: bool = False, **options: Unpack[AdaptiveKLOptions]) -> None:
+        given = {"return_stats": return_stats, **options}
+        _DivergenceLoss.__init__(self, AdaptiveKL, LOSS_OPTIONS, given)
+
+
+class LinearDistillationLoss(_DivergenceLoss):
+    """`linear_distillation_loss` as a module; the call takes the tensors, which stay with their
+    models, and ``num_items``.
+
+    Args:
+        divergence: a member of the family, or its name, such as "reverse_kl".
+        return_stats: also return `DivergenceStats`.
+        options: those of `linear_distillation_loss`, but for the biases.
 
     Example:
         >>> import torch
-        >>> from akl_triton import AdaptiveKLLoss
-        >>> loss_function = AdaptiveKLLoss(mu=0.5, temperature=2.0, shift=1)
-        >>> student, teacher = torch.randn(2, 4, 8), torch.randn(2, 4, 8)
-        >>> loss_function(student, teacher, labels=torch.zeros(2, 4, dtype=torch.long)).shape
+        >>> from akl_triton import AdaptiveKL, LinearDistillationLoss
+        >>> loss_function = LinearDistillationLoss(AdaptiveKL(), student_softcap=30.0)
+        >>> hidden, weight = torch.randn(2, 4, 8), torch.randn(50, 8)
+        >>> loss_function(hidden, weight, hidden, weight).shape
         torch.Size([])
     """
 
-    function = staticmethod(functional.adaptive_kl)
-
-
-class ForwardKLLoss(_Loss):
-    """`forward_kl` as a module; the constructor takes its keyword options but `num_items`.
-
-    Example:
-        >>> from akl_triton import ForwardKLLoss
-        >>> ForwardKLLoss(temperature=2.0)
-        ForwardKLLoss(temperature=2.0)
-    """
-
-    function = staticmethod(functional.forward_kl)
-
-
-class ReverseKLLoss(_Loss):
-    """`reverse_kl` as a module; the constructor takes its keyword options but `num_items`.
-
-    Example:
-        >>> from akl_triton import ReverseKLLoss
-        >>> ReverseKLLoss(reduction="sum")
-        ReverseKLLoss(reduction='sum')
-    """
-
-    function = staticmethod(functional.reverse_kl)
-
-
-class MixedKLLoss(_Loss):
-    """`mixed_kl` as a module; the constructor takes its keyword options but `num_items`.
-
-    Example:
-        >>> from akl_triton import MixedKLLoss
-        >>> MixedKLLoss(weight=0.25)
-        MixedKLLoss(weight=0.25)
-    """
-
-    function = staticmethod(functional.mixed_kl)
-
-
-class _LinearLoss(_Options):
-    """A loss of hidden states and the weights of both heads, which stay with their models."""
-
-    of_a_call = ("student_bias", "teacher_bias", "num_items")
+    def __init__(
+        self,
+        divergence: Divergence | str = AdaptiveKL(),  # noqa: B008 - it is frozen
+        *,
+        return_stats: bool = False,
+        **options: Unpack[LinearLossOptions],
+    ) -> None:
+        given = {"return_stats": return_stats, **options}
+        super().__init__(resolve(divergence), LINEAR_LOSS_OPTIONS, given)
 
     def forward(
         self,
@@ -151,67 +153,19 @@ class _LinearLoss(_Options):
         student_bias: Tensor | None = None,
         teacher_bias: Tensor | None = None,
         num_items: float | Tensor | None = None,
-    ) -> LossOrPair:
+    ) -> Tensor | LossAndStats:
         """The loss of hidden [..., H] @ weight [V, H]^T + bias [V], student against teacher."""
-        return type(self).function(
+        return linear_distillation_loss(
             student_hidden,
             student_weight,
             teacher_hidden,
             teacher_weight,
             labels,
+            divergence=self.divergence,
             student_bias=student_bias,
             teacher_bias=teacher_bias,
             num_items=num_items,
+            return_stats=self.return_stats,
+            reduction=cast(Reduction, self.reduction),
             **self.options,
         )
-
-
-class LinearAdaptiveKLLoss(_LinearLoss):
-    """`linear_adaptive_kl` as a module; the constructor takes its options, the call the tensors.
-
-    Example:
-        >>> import torch
-        >>> from akl_triton import LinearAdaptiveKLLoss
-        >>> loss_function = LinearAdaptiveKLLoss(temperature=2.0, student_softcap=30.0)
-        >>> hidden, weight = torch.randn(2, 4, 8), torch.randn(50, 8)
-        >>> loss_function(hidden, weight, hidden, weight).shape
-        torch.Size([])
-    """
-
-    function = staticmethod(linear.linear_adaptive_kl)
-
-
-class LinearForwardKLLoss(_LinearLoss):
-    """`linear_forward_kl` as a module; the constructor takes its options, the call the tensors.
-
-    Example:
-        >>> from akl_triton import LinearForwardKLLoss
-        >>> LinearForwardKLLoss(chunk_bytes=2**26)
-        LinearForwardKLLoss(chunk_bytes=67108864)
-    """
-
-    function = staticmethod(linear.linear_forward_kl)
-
-
-class LinearReverseKLLoss(_LinearLoss):
-    """`linear_reverse_kl` as a module; the constructor takes its options, the call the tensors.
-
-    Example:
-        >>> from akl_triton import LinearReverseKLLoss
-        >>> LinearReverseKLLoss(shift=1)
-        LinearReverseKLLoss(shift=1)
-    """
-
-    function = staticmethod(linear.linear_reverse_kl)
-
-
-class LinearMixedKLLoss(_LinearLoss):
-    """`linear_mixed_kl` as a module; the constructor takes its options, the call the tensors.
-
-    Example:
-        >>> from akl_triton import LinearMixedKLLoss
-        >>> LinearMixedKLLoss(weight=0.25)
-        LinearMixedKLLoss(weight=0.25)
-    """
-
-    function = staticmethod(linear.linear_mixed_kl)

@@ -1,12 +1,15 @@
-"""The results of a batch of rows, the same for every backend: autograd need not know which ran."""
+"""Rows of logits, and what a backend makes of them: the same for both backends."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from .kernels.layout import STATE_WIDTH, STATISTICS
 
 
 class LogitMap(NamedTuple):
@@ -44,3 +47,45 @@ def power_of_two(x: Tensor) -> Tensor:
 def room(rate: float, largest: float) -> float:
     """The power of two g for which g |ds| / damping(loss) stays below `largest`."""
     return 2.0 ** min(max(math.floor(math.log2(largest / (2.0 * rate))), -100), 100)
+
+
+def empty_result(student: Tensor, with_stats: bool) -> RowResult:
+    n, device = student.shape[0] * student.shape[1], student.device
+    return RowResult(
+        torch.empty(n, dtype=torch.float32, device=device),
+        torch.empty(n, STATE_WIDTH, dtype=torch.float32, device=device),
+        torch.empty(n if with_stats else 0, len(STATISTICS), dtype=torch.float32, device=device),
+    )
+
+
+def as_rows(student: Tensor, teacher: Tensor) -> list[Tensor]:
+    """Both [..., V] as [outer, inner, V] with unit stride in V: views wherever strides allow it.
+
+    A batch of sequences, sliced or not, is a view; a copy is made of logits whose last dimension is
+    not contiguous or whose leading dimensions need more than two strides."""
+    both = [
+        x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous() for x in (student, teacher)
+    ]
+    if any(x.dim() == 3 and not _merges(x) for x in both):
+        return both
+    return [x.reshape(1, -1, x.shape[-1]) for x in both]
+
+
+def _merges(x: Tensor) -> bool:
+    """Whether the rows of [outer, inner, V] are evenly spaced."""
+    return x.stride(0) == x.stride(1) * x.shape[1] or 1 in x.shape[:2]
+
+
+# A gradient in fp16 that is written before its loss scale is known uses the whole range of fp16: no
+# loss scale could bring back what is lost below it, and a row of 32,000 tokens has probabilities
+# there. Rows are divided by `damping`, a bound of what they hold, and multiplied by `room`.
+LARGEST_WRITTEN = 2.0**14
+# Temporaries of work in fp32 on tensors of another dtype.
+BLOCK_BYTES = 4 * 2**20
+
+
+def blocks(x: Tensor) -> Iterator[slice]:
+    """Slices of x that are small in fp32: on a CPU a conversion goes through a temporary."""
+    step = max(BLOCK_BYTES // max(4 * x[:1].numel(), 1), 1)
+    for start in range(0, x.shape[0], step):
+        yield slice(start, start + step)

@@ -16,10 +16,13 @@ import torch.distributed as dist
 import torch.masked
 
 from akl_triton import (
+    AdaptiveKL,
     AdaptiveKLLoss,
-    LinearAdaptiveKLLoss,
-    MixedKLLoss,
+    LinearDistillationLoss,
+    MixedKL,
     adaptive_kl,
+    distillation_loss,
+    divergence,
     forward_kl,
     linear_adaptive_kl,
     mixed_kl,
@@ -344,15 +347,31 @@ def test_messages_hold_no_values() -> None:
     assert "1234" not in str(error.value)
 
 
-@pytest.mark.parametrize("weight", [-0.1, 1.5, float("nan")])
-def test_weight(weight: float) -> None:
-    with pytest.raises(ValueError, match=r"weight: expected a finite number in \[0, 1\]"):
-        mixed_kl(computed(), TEACHER, weight=weight)
+@pytest.mark.parametrize("alpha", [-0.1, 1.5, float("nan")])
+def test_alpha(alpha: float) -> None:
+    with pytest.raises(ValueError, match=r"alpha: expected a finite number in \[0, 1\]"):
+        mixed_kl(computed(), TEACHER, alpha=alpha)
+
+
+def test_a_misspelt_option_is_told_what_it_may_have_meant() -> None:
+    with pytest.raises(TypeError, match=r"^adaptive_kl: .*got temprature; did you mean temperat"):
+        adaptive_kl(computed(), TEACHER, temprature=2.0)  # type: ignore[call-overload]
+    with pytest.raises(TypeError, match=r"^MixedKL: expected options among alpha, got alhpa; did"):
+        divergence("mixed_kl", alhpa=0.5)
+
+
+def test_an_unknown_divergence_is_told_the_family() -> None:
+    with pytest.raises(
+        ValueError, match=r"^divergence: expected one of 'reverse_kl', .*got 'revers"
+    ):
+        distillation_loss(computed(), TEACHER, divergence="revers_kl")
+    with pytest.raises(TypeError, match=r"^divergence: expected a member of the family.*got type"):
+        distillation_loss(computed(), TEACHER, divergence=MixedKL)  # type: ignore[call-overload]
 
 
 def test_a_fixed_weight_knows_no_head() -> None:
     with pytest.raises(TypeError, match="mu"):
-        forward_kl(computed(), TEACHER, mu=0.5)  # type: ignore[call-arg]
+        forward_kl(computed(), TEACHER, mu=0.5)  # type: ignore[call-overload]
 
 
 @pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
@@ -456,7 +475,7 @@ def test_numbers_of_any_type(option: dict[str, Any]) -> None:
     assert torch.equal(adaptive_kl(computed(), TEACHER, labels, **option), expected)
 
 
-@pytest.mark.parametrize("module", [AdaptiveKLLoss, LinearAdaptiveKLLoss])
+@pytest.mark.parametrize("module", [AdaptiveKLLoss, LinearDistillationLoss])
 @pytest.mark.parametrize(
     "case",
     [
@@ -469,15 +488,18 @@ def test_modules_check_their_options_when_they_are_made(module: Any, case: str) 
     """A call comes after both models have run."""
     changes, error, message = CASES[case]
     with pytest.raises(error, match=f"^{message}"):
-        module(**{name: value for name, value in changes.items() if name != "labels"})
+        options = {name: value for name, value in changes.items() if name != "labels"}
+        if module is LinearDistillationLoss and options.keys() & {"mu", "head", "ties"}:
+            module(AdaptiveKL(**options))
+        module(**options)
 
 
 def test_modules_check_their_own_options_too() -> None:
-    with pytest.raises(ValueError, match=r"^weight: "):
-        MixedKLLoss(weight=1.5)
+    with pytest.raises(ValueError, match=r"^alpha: "):
+        MixedKL(alpha=1.5)
     with pytest.raises(TypeError, match=r"^inplace: "):
-        AdaptiveKLLoss(inplace=1)
+        AdaptiveKLLoss(inplace=1)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"^chunk_bytes: "):
-        LinearAdaptiveKLLoss(chunk_bytes=1e9)
+        LinearDistillationLoss(chunk_bytes=1e9)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"^accum_dtype: "):
-        LinearAdaptiveKLLoss(accum_dtype=torch.int64)
+        LinearDistillationLoss(accum_dtype=torch.int64)

@@ -81,7 +81,7 @@ def test_every_loss_teaches(teacher: Any) -> None:
     """Each student ends nearer to the teacher, by its own loss; the head and teacher stay."""
     ids = random_ids(2)
     student = demo.shallow_copy(teacher)
-    students = {name: copy.deepcopy(student) for name in demo.LOSSES}
+    students = {name: copy.deepcopy(student) for name in demo.DIVERGENCES}
     before = {name: parameter.clone() for name, parameter in teacher.named_parameters()}
     exam = [(ids, teacher(ids).logits)]
     steps = list(demo.distil(teacher, students, [ids] * 12, torch.float32))
@@ -109,7 +109,7 @@ def test_the_fused_path_is_the_other_one_with_less_memory(
     with torch.no_grad():
         hidden, of_teacher = (model.model(ids).last_hidden_state for model in (student, teacher))
     hidden.requires_grad_()
-    for name in demo.LOSSES:
+    for name in demo.DIVERGENCES:
         losses = [
             demo.loss_of(name, student, hidden, teacher, of_teacher, ids, way)
             for way in (False, True)

@@ -27,6 +27,7 @@ from akl_triton.reference import (
 )
 from akl_triton.rows import LogitMap, RowResult
 from akl_triton.verify import at_head, head_faults
+from tests.support import torch_backend
 
 INF = math.inf
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -86,10 +87,10 @@ def run(
     upstream: Tensor | None = None,
 ) -> tuple[RowResult, Tensor]:
     """Forward, then backward. Outputs start as NaN, so what is not written shows."""
-    result = eager.forward(student, teacher, valid, weight=weight, **options._asdict())
+    result = torch_backend.forward(student, teacher, valid, weight=weight, **options._asdict())
     grad = torch.full_like(student, torch.nan)
     upstream = torch.ones(1).expand(len(student)) if upstream is None else upstream
-    eager.backward(
+    torch_backend.backward(
         upstream,
         student,
         teacher,
@@ -328,8 +329,8 @@ def check_invalid_rows(pattern: list[bool]) -> None:
     torch.testing.assert_close(grad[valid], alone_grad, rtol=1e-6, atol=1e-9)
 
     out = student.clone()
-    together = eager.forward_with_gradient(
-        out, teacher, valid, upstream, weight=None, out=out, **DEFAULTS._asdict()
+    together = torch_backend.forward(
+        out, teacher, valid, upstream=upstream, weight=None, out=out, **DEFAULTS._asdict()
     )
     assert torch.equal(out, grad) and torch.equal(together.loss, result.loss)
 
@@ -397,9 +398,8 @@ def test_mapped_logits(maps: str, dtype: torch.dtype) -> None:
     options: dict[str, Any] = {"weight": 0.3, "temperature": 1.5}
     arguments: dict[str, Any] = {"student_map": of_student, "teacher_map": of_teacher}
     out = student.clone()
-    result = eager.forward_with_gradient(
-        out, teacher, None, torch.ones(10), mu=0.5, head="exclusive", ties="stable", out=out,
-        **options, **arguments,
+    result = torch_backend.forward(
+        out, teacher, None, upstream=torch.ones(10), out=out, **options, **arguments,
     )  # fmt: skip
     flat: dict[str, Any] = {
         f"{side}_{name}": value
@@ -420,7 +420,7 @@ def test_mapped_logits(maps: str, dtype: torch.dtype) -> None:
     assert_no_further(out, plain_grad.nan_to_num().to(dtype), exact.grad, terms, "gradient")
 
     def head(s: Tensor, t: Tensor) -> RowResult:
-        return eager.forward(s, t, None, weight=None, **DEFAULTS._asdict(), **arguments)
+        return torch_backend.forward(s, t, None, weight=None, **DEFAULTS._asdict(), **arguments)
 
     ours = dict(zip(STATISTICS, head(student, teacher).stats.unbind(-1), strict=True))
     claims = {name: ours[name] for name in ("head_size", "head_mass", "forward_weight")}
@@ -446,12 +446,12 @@ def test_gradient_in_place(dtype: torch.dtype, v_s: int, v_t: int) -> None:
     result, grad = run(student, teacher, upstream=upstream)
 
     out = student.clone()
-    eager.backward(upstream, out, teacher, None, result.state, temperature=1.0, out=out)
+    torch_backend.backward(upstream, out, teacher, None, result.state, temperature=1.0, out=out)
     assert torch.equal(out, grad)
 
     out = student.clone()
-    once = eager.forward_with_gradient(
-        out, teacher, None, upstream, weight=None, out=out, **DEFAULTS._asdict()
+    once = torch_backend.forward(
+        out, teacher, None, upstream=upstream, weight=None, out=out, **DEFAULTS._asdict()
     )
     assert torch.equal(out, grad)
     assert torch.equal(once.loss, result.loss) and torch.equal(once.stats, result.stats)
@@ -499,12 +499,21 @@ def test_defaults_of_pytorch_change_nothing(default: torch.dtype | str, forbidde
         outputs: list[Tensor] = []
         for options, of in settings:
             out = student.clone()
-            result = eager.forward_with_gradient(
-                out, teacher, valid, upstream, weight=None, out=out, **options._asdict(), **of
+            result = torch_backend.forward(
+                out,
+                teacher,
+                valid,
+                upstream=upstream,
+                weight=None,
+                out=out,
+                **options._asdict(),
+                **of,
             )
-            fixed = eager.forward(student, teacher, None, weight=0.3, **options._asdict(), **of)
+            fixed = torch_backend.forward(
+                student, teacher, None, weight=0.3, **options._asdict(), **of
+            )
             grad = torch.empty_like(student)
-            eager.backward(
+            torch_backend.backward(
                 upstream, student, teacher, None, fixed.state,
                 temperature=options.temperature, out=grad, **of,
             )  # fmt: skip
@@ -588,8 +597,8 @@ def test_temporaries_stay_within_the_budget(
     grad = torch.empty_like(student)
 
     def both_ways() -> None:
-        result = eager.forward(student, teacher, valid, weight=None, **DEFAULTS._asdict())
-        eager.backward(
+        result = torch_backend.forward(student, teacher, valid, weight=None, **DEFAULTS._asdict())
+        torch_backend.backward(
             torch.ones(48), student, teacher, valid, result.state, temperature=1.0, out=grad
         )
 
@@ -611,8 +620,8 @@ def test_a_tenth_of_the_memory_of_the_authors_computation(
     grad = torch.empty_like(student)
 
     def ours() -> None:
-        result = eager.forward(student, teacher, None, weight=None, **DEFAULTS._asdict())
-        eager.backward(
+        result = torch_backend.forward(student, teacher, None, weight=None, **DEFAULTS._asdict())
+        torch_backend.backward(
             torch.ones(96), student, teacher, None, result.state, temperature=1.0, out=grad
         )
 
@@ -683,12 +692,12 @@ def test_finite_logits_give_finite_results(
         TEMPERATURES, EXTREME_MAPS.items()
     ):
         what = f"T = {temperature}, {name}"
-        result = eager.forward(
+        result = torch_backend.forward(
             student, teacher, None, mu=0.4437, temperature=temperature, head="exclusive",
             ties="stable", weight=weight, student_map=of_student, teacher_map=of_teacher,
         )  # fmt: skip
         gradient = torch.empty_like(student)
-        eager.backward(
+        torch_backend.backward(
             torch.ones(len(student)), student, teacher, None, result.state,
             temperature=temperature, out=gradient, student_map=of_student, teacher_map=of_teacher,
         )  # fmt: skip
@@ -724,7 +733,7 @@ def test_dyadic_masses_have_one_head(size: int, head: Head, ties: Ties) -> None:
     student = torch.randn(1, size + 3, generator=generator(1))
     for j in sorted({1, 2, 3, size // 2, size // 2 + 1, size - 1}):
         mu = j / size
-        result = eager.forward(
+        result = torch_backend.forward(
             student, teacher, None, mu=mu, temperature=1.0, head=head, ties=ties, weight=None
         )
         stats = dict(zip(STATISTICS, result.stats[0].tolist(), strict=True))
@@ -738,7 +747,7 @@ def test_dyadic_masses_have_one_head(size: int, head: Head, ties: Ties) -> None:
 def test_a_head_has_at_least_one_token(head: Head) -> None:
     teacher = torch.tensor([[0.0, 9.0, 0.0, 0.0]])
     student = torch.randn(1, 4, generator=generator(1))
-    result = eager.forward(
+    result = torch_backend.forward(
         student, teacher, None, mu=1e-6, temperature=1.0, head=head, ties="stable", weight=None
     )
     assert dict(zip(STATISTICS, result.stats[0].tolist(), strict=True))["head_size"] == 1
@@ -754,7 +763,7 @@ def test_both_sums_near_convergence(distance: float) -> None:
     student = teacher + distance * torch.randn(16, 30000, generator=generator(1))
     exact = reference_adaptive_kl(student, teacher)
     options: dict[str, Any] = {**DEFAULTS._asdict(), "weight": None}
-    stats = eager.forward(student, teacher, None, **options).stats.double()
+    stats = torch_backend.forward(student, teacher, None, **options).stats.double()
     for column, expected in ((0, exact.forward_kl), (1, exact.reverse_kl)):
         assert (stats[:, column] - expected).abs().max() < 3e-7
 
@@ -763,7 +772,7 @@ def test_a_head_of_half_a_million_tokens() -> None:
     vocabulary = 2**20 - 3
     teacher = 1e-3 * torch.randn(1, vocabulary, generator=generator(0))
     student = torch.zeros(1, vocabulary)
-    result = eager.forward(
+    result = torch_backend.forward(
         student,
         teacher,
         None,
@@ -782,7 +791,7 @@ def test_plus_infinity_under_a_softcap() -> None:
     student, teacher = torch.randn(2, 3, 50, generator=generator(0))
     student[0, 3], teacher[1, 4] = INF, INF
     capped = LogitMap(30.0)
-    result = eager.forward(
+    result = torch_backend.forward(
         student, teacher, None, mu=0.5, temperature=1.0, head="exclusive", ties="stable",
         weight=None, student_map=capped, teacher_map=capped,
     )  # fmt: skip
@@ -797,14 +806,14 @@ def test_an_infinity_that_one_of_the_sums_would_not_notice(weight: float | None)
         pair[side][:, 7] = -INF
         pair[1 - side][:, 7] = -200.0
         student, teacher = pair
-        result = eager.forward(
+        result = torch_backend.forward(
             student, teacher, None, mu=0.5, temperature=1.0, head="exclusive", ties="stable",
             weight=weight,
         )  # fmt: skip
         expected = reference_adaptive_kl(student, teacher, weight=weight)
         torch.testing.assert_close(result.loss.double(), expected.loss, rtol=1e-5, atol=1e-6)
         gradient = torch.empty_like(student)
-        eager.backward(
+        torch_backend.backward(
             torch.ones(2), student, teacher, None, result.state, temperature=1.0, out=gradient
         )
         torch.testing.assert_close(gradient.double(), expected.grad, rtol=1e-4, atol=1e-6)
@@ -825,7 +834,7 @@ def test_the_head_is_found_in_few_rounds(monkeypatch: pytest.MonkeyPatch) -> Non
     for teacher in (*rows_of_every_kind(4096)[1][:, None], misleading):
         for mu in (1e-4, 0.5, 0.9999):
             rounds.append(0)
-            eager.forward(
+            torch_backend.forward(
                 torch.zeros(1, 4096), teacher, None, mu=mu, temperature=1.0, head="exclusive",
                 ties="stable", weight=None,
             )  # fmt: skip
@@ -845,7 +854,7 @@ def test_slices_of_sequences_are_taken_in_runs(
     student, teacher = many[0][:, of], many[1][:, of]
     rows = [x.reshape(-1, 40) for x in (student, teacher)]
     options: dict[str, Any] = {**DEFAULTS._asdict(), "weight": None}
-    expected = eager.forward(rows[0], rows[1], None, **options)
+    expected = torch_backend.forward(rows[0], rows[1], None, **options)
     runs = []
     exponentials = eager._exponentials
 
@@ -854,7 +863,7 @@ def test_slices_of_sequences_are_taken_in_runs(
         return exponentials(*inputs)
 
     monkeypatch.setattr(eager, "_exponentials", counted)
-    result = eager.forward(student, teacher, None, **options)
+    result = torch_backend.forward(student, teacher, None, **options)
     assert len(runs) <= 9 and sum(runs) == len(rows[0])
     assert torch.equal(result.loss, expected.loss)
     gradients = [torch.empty_like(rows[0]), torch.full_like(many[0], torch.nan)[:, of]]
@@ -864,7 +873,7 @@ def test_slices_of_sequences_are_taken_in_runs(
         ((rows[0].clone(), rows[1]), (student, teacher)), gradients, strict=True
     ):
         upstream = torch.ones(len(rows[0]))
-        eager.backward(upstream, s, t, None, expected.state, temperature=1.0, out=out)
+        torch_backend.backward(upstream, s, t, None, expected.state, temperature=1.0, out=out)
     assert torch.equal(gradients[1].reshape(-1, 40), gradients[0])
 
 
@@ -876,7 +885,7 @@ def test_tokens_that_only_the_student_finds_far_away_are_held() -> None:
     student[0, 1] = 0.0
     for weight in (None, 0.0, 0.5):
         options = Options(temperature=1e-3)._asdict()
-        result = eager.forward(student, teacher, None, weight=weight, **options)
+        result = torch_backend.forward(student, teacher, None, weight=weight, **options)
         assert result.loss.isfinite().all()
         assert result.stats[:, :3].isfinite().all()
 
@@ -891,7 +900,7 @@ def test_rows_that_span_more_than_fp32_and_are_scaled_down() -> None:
         )
         by_scale = LogitMap(scale=factor)
         for result in (
-            eager.forward(
+            torch_backend.forward(
                 student,
                 teacher,
                 None,
@@ -900,7 +909,7 @@ def test_rows_that_span_more_than_fp32_and_are_scaled_down() -> None:
                 teacher_map=by_scale,
                 **DEFAULTS._asdict(),
             ),
-            eager.forward(
+            torch_backend.forward(
                 student,
                 teacher,
                 None,
@@ -933,7 +942,9 @@ def test_a_sample_that_misleads_costs_few_sweeps(top: float) -> None:
     torch.set_num_threads(1)  # other threads would not be counted
     try:
         with Counting():
-            result = eager.forward(student, teacher, None, weight=None, **DEFAULTS._asdict())
+            result = torch_backend.forward(
+                student, teacher, None, weight=None, **DEFAULTS._asdict()
+            )
     finally:
         torch.set_num_threads(threads)
     expected = reference_adaptive_kl(student, teacher)

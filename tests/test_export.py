@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, export
 
-from akl_triton import AdaptiveKLLoss, LinearAdaptiveKLLoss
+from akl_triton import AdaptiveKLLoss, LinearDistillationLoss
 
 V, H = 11, 5
 SIZES = ((3, 4), (5, 7), (1, 2), (2, 9), (4, 1))
@@ -32,7 +32,7 @@ class OfHidden(nn.Module):
     def __init__(self, **options: Any) -> None:
         super().__init__()
         g = torch.Generator().manual_seed(0)
-        self.loss = LinearAdaptiveKLLoss(**options)
+        self.loss = LinearDistillationLoss(**options)
         self.weight = nn.Parameter(torch.randn(V, H, generator=g))
         self.teacher_weight = nn.Buffer(torch.randn(V, H, generator=g))
 

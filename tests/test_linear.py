@@ -6,6 +6,7 @@ not depend on the backend on the PyTorch one.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import warnings
 from collections.abc import Callable
@@ -18,23 +19,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+import akl_triton.rows
 from akl_triton import (
-    LinearAdaptiveKLLoss,
-    LinearForwardKLLoss,
-    LinearMixedKLLoss,
-    LinearReverseKLLoss,
+    AdaptiveKL,
+    ForwardKL,
+    LinearDistillationLoss,
+    MixedKL,
+    ReverseKL,
     adaptive_kl,
     eager,
     forward_kl,
-    linear,
     linear_adaptive_kl,
     linear_forward_kl,
     linear_mixed_kl,
+    linear_ops,
     linear_reverse_kl,
     mixed_kl,
-    ops,
     reverse_kl,
 )
+from akl_triton.divergences import Rule
 from akl_triton.reference import reference_adaptive_kl
 from tests.test_api import WAITS, Trace
 
@@ -205,7 +208,7 @@ def test_half_precision_is_no_worse_than_without_fusing(dtype):
 
     def unfused(h: Tensor, w: Tensor, ht: Tensor, wt: Tensor, **b: Tensor) -> Tensor:
         s, t = F.linear(h, w, b["student_bias"]), F.linear(ht, wt, b["teacher_bias"])
-        return cast(Tensor, adaptive_kl(s, t, reduction="sum"))
+        return adaptive_kl(s, t, reduction="sum")
 
     loss, theirs = run(unfused, case)
     _, exact = oracle(case, random_like(loss).expand(SHAPE))
@@ -388,13 +391,13 @@ def test_equal_chunks_give_equal_bits(backend, device, reduction):
 def projected(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The tokens of every product that gives logits."""
     rows: list[int] = []
-    project = linear._project
+    project = linear_ops._project
 
     def count(hidden: Tensor, *args: Any, **kwargs: Any) -> None:
         rows.append(hidden.shape[0])
         project(hidden, *args, **kwargs)
 
-    monkeypatch.setattr(linear, "_project", count)
+    monkeypatch.setattr(linear_ops, "_project", count)
     return rows
 
 
@@ -511,7 +514,7 @@ def test_two_backward_passes_and_no_second_derivative():
 def test_memory_is_the_chunk_and_the_sum(dtype, monkeypatch):
     """The model of the design, 2 C V bytes + 4 V H, and what is returned."""
     monkeypatch.setattr(eager, "TEMPORARY_BYTES", 2**19)  # one token at a time
-    monkeypatch.setattr(ops, "BLOCK_BYTES", 2**16)
+    monkeypatch.setattr(akl_triton.rows, "BLOCK_BYTES", 2**16)
     n, v, h, chunk, besides = 192, 4096, 64, 64, 2**18
     bytes_of = dtype.itemsize
     hidden, teacher_hidden = torch.randn(2, n, h).to(dtype)
@@ -681,15 +684,18 @@ def test_opcheck(backend, device, per_token):
         None,
     )
     valid = torch.arange(21, device=device) % 3 != 0
-    rule = ops.Rule(0.5, 1.0, "exclusive", "stable", None, None, None, 1.0, 1.0)
-    plan = linear._Plan(FP32, FP32, FP32, 4 * ROW_BYTES, True, True, True, backend)
+    rule = Rule(AdaptiveKL()).pack()
+    plan = linear_ops.Plan(FP32, FP32, FP32, 4 * ROW_BYTES, True, True, True, backend)
     leaves = *(x.clone().requires_grad_() for x in cast(tuple[Tensor, ...], flat[:3])), *flat[3:]
     upstream = torch.linspace(-1, 1, 21, device=device)
     factor = torch.tensor(0.7, device=device)
     calls: list[tuple[Any, tuple[Any, ...]]] = [
-        (linear.linear_divergence, (*leaves, valid, factor, *rule, *plan, per_token, per_token)),
-        (linear.linear_divergence_backward, (upstream, *flat, valid, factor, *rule, *plan)),
-        (linear.scaled, (flat[0], upstream if per_token else upstream[1], BF16)),
+        (
+            linear_ops.linear_divergence,
+            (per_token, per_token, *leaves, valid, factor, *plan, *rule),
+        ),
+        (linear_ops.linear_divergence_backward, (upstream, *flat, valid, factor, *plan, *rule)),
+        (linear_ops.scaled, (flat[0], upstream if per_token else upstream[1], BF16)),
     ]
     for operator, arguments in calls:
         with warnings.catch_warnings():
@@ -717,7 +723,7 @@ class Student(nn.Module):
             student_bias=self.lm_head.bias,
             backend="torch",
         )
-        return cast(Tensor, loss)
+        return loss
 
 
 def make_student() -> Student:
@@ -778,30 +784,30 @@ def test_data_parallel(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "module, function, options",
+    "divergence, function, options",
     [
-        (LinearAdaptiveKLLoss, linear_adaptive_kl, {"mu": 0.7, "ties": "average", **MAPS}),
-        (LinearForwardKLLoss, linear_forward_kl, {"temperature": 2.0, "scale_by_t2": True}),
-        (LinearReverseKLLoss, linear_reverse_kl, {"reduction": "sum"}),
-        (LinearMixedKLLoss, linear_mixed_kl, {"weight": 0.25, "chunk_bytes": 4 * ROW_BYTES}),
+        (AdaptiveKL(mu=0.7, ties="average"), linear_adaptive_kl, MAPS),
+        (ForwardKL(), linear_forward_kl, {"temperature": 2.0, "scale_by_t2": True}),
+        (ReverseKL(), linear_reverse_kl, {"reduction": "sum"}),
+        (MixedKL(alpha=0.25), linear_mixed_kl, {"chunk_bytes": 4 * ROW_BYTES}),
     ],
 )
-def test_modules_are_their_functions(module, function, options):
+def test_modules_are_their_functions(divergence, function, options):
     case, labels = make_case(), some_labels()
-    loss_function = module(shift=1, **options)
+    loss_function = LinearDistillationLoss(divergence, shift=1, **options)
     count = {"num_items": 3} if options.get("reduction") is None else {}
+    options = {**dataclasses.asdict(divergence), **options}
     expected = function(*case[:4], labels, shift=1, **options, **case.biases, **count)
     assert torch.equal(loss_function(*case[:4], labels, **case.biases, **count), expected)
     assert list(loss_function.parameters()) == []
-    shown = ", ".join(f"{k}={v!r}" for k, v in loss_function.options.items())
-    assert repr(loss_function) == f"{module.__name__}({shown})"
+    assert repr(loss_function).startswith(f"LinearDistillationLoss({divergence}, shift=1, ")
 
 
 @pytest.mark.parametrize("option", ["inplace", "num_items", "student_bias"])
 def test_module_refuses_what_is_no_option(option):
-    message = rf"LinearAdaptiveKLLoss: expected options among mu.*got {option}"
+    message = rf"LinearDistillationLoss: expected options among temperature.*got {option}"
     with pytest.raises(TypeError, match=message):
-        LinearAdaptiveKLLoss(**{option: 1})
+        LinearDistillationLoss(**{option: 1})  # type: ignore[arg-type]
 
 
 # ---- bad input

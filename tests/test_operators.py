@@ -10,11 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from akl_triton import AdaptiveKLLoss, adaptive_kl, ops
-from akl_triton.functional import Backend, Reduction
+from akl_triton import AdaptiveKL, AdaptiveKLLoss, adaptive_kl, ops
+from akl_triton.divergences import Rule
+from akl_triton.options import Backend, Reduction
 
 V = 200
-RULE = ops.Rule(0.5, 1.0, "exclusive", "stable", None, None, None, 1.0, 1.0)
+RULE = Rule(AdaptiveKL()).pack()
 
 
 def make_logits(device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
@@ -32,16 +33,15 @@ def test_opcheck(backend: Backend, device: torch.device, masked: bool) -> None:
     upstream = torch.linspace(-1.0, 1.0, 6, device=device)
     leaf = student.clone().requires_grad_()
     inputs = student, teacher, valid
-    rule = (*RULE, masked, backend)  # with statistics where masked
-    of_backward = RULE.temperature, *RULE[4:], backend
-    _, state, _ = ops.divergence(*inputs, *rule)
+    rest = (masked, backend, *RULE)  # with statistics where masked
+    _, state, _ = ops.divergence(*inputs, *rest)
     calls: list[tuple[Any, tuple[Any, ...]]] = [
-        (ops.divergence, (*inputs, *rule)),
-        (ops.divergence, (leaf, teacher, valid, *rule)),
-        (ops.divergence_backward, (upstream, *inputs, state, *of_backward)),
+        (ops.divergence, (*inputs, *rest)),
+        (ops.divergence, (leaf, teacher, valid, *rest)),
+        (ops.divergence_backward, (upstream, *inputs, state, backend, *RULE)),
         (
             ops.divergence_with_gradient,
-            (*inputs, upstream[:1].expand(6), *RULE, masked, masked, backend),  # damped if masked
+            (*inputs, upstream[:1].expand(6), masked, *rest),  # damped if masked
         ),
         (ops.rescale, (student[0].clone(), upstream[:3], backend)),
     ]
@@ -143,9 +143,7 @@ def test_every_output_is_written(
     student, teacher = make_logits(device)
     valid = torch.arange(6, device=device) != 2
     inputs = student, teacher, valid
-    loss, state, stats = ops.divergence(*inputs, *RULE, True, backend)
-    gradient = ops.divergence_backward(
-        torch.ones(6, device=device), *inputs, state, RULE.temperature, *RULE[4:], backend
-    )
+    loss, state, stats = ops.divergence(*inputs, True, backend, *RULE)
+    gradient = ops.divergence_backward(torch.ones(6, device=device), *inputs, state, backend, *RULE)
     for output in (loss, state, stats, gradient):
         assert output.isfinite().all()

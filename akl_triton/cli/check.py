@@ -22,9 +22,9 @@ from rich.table import Table
 from torch import Tensor
 
 import akl_triton
+from akl_triton.backend import resolve_backend
 from akl_triton.cli import UsageError
 from akl_triton.cli.options import resolve_device
-from akl_triton.ops import resolve_backend
 from akl_triton.reference import ReferenceResult, reference_adaptive_kl
 from akl_triton.verify import at_head
 

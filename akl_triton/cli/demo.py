@@ -27,18 +27,17 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from akl_triton import (
+    AdaptiveKL,
+    ForwardKL,
+    ReverseKL,
     adaptive_kl,
-    forward_kl,
-    linear_adaptive_kl,
-    linear_forward_kl,
-    linear_reverse_kl,
-    reverse_kl,
+    distillation_loss,
+    linear_distillation_loss,
 )
 from akl_triton.cli.bench import MIB, peak_memory
 from akl_triton.cli.options import output_folder, resolve_device
 
-LOSSES = {"AKL": linear_adaptive_kl, "FKL": linear_forward_kl, "RKL": linear_reverse_kl}
-LOSSES_OF_LOGITS = {"AKL": adaptive_kl, "FKL": forward_kl, "RKL": reverse_kl}
+DIVERGENCES = {"AKL": AdaptiveKL(), "FKL": ForwardKL(), "RKL": ReverseKL()}
 COLOURS = {"AKL": "#0072B2", "FKL": "#D55E00", "RKL": "#009E73"}
 
 SEQUENCE = 128  # tokens
@@ -74,7 +73,7 @@ def run(arguments: argparse.Namespace) -> int:
         teacher, tokenize = load_teacher()
         teacher.eval().requires_grad_(False)
         student = shallow_copy(teacher).to(device)
-        students = {name: copy.deepcopy(student) for name in LOSSES}
+        students = {name: copy.deepcopy(student) for name in DIVERGENCES}
         teacher.to(device, dtype)
         train, held_out = (ids.to(device) for ids in read_text(tokenize))
     console.print(
@@ -156,14 +155,28 @@ def loss_of(
     """The loss called `name` of next-token predictions from the hidden states of both models."""
     if not through_logits:
         weights = student.lm_head.weight, teacher.lm_head.weight
-        return LOSSES[name](
-            hidden, weights[0], teacher_hidden, weights[1], ids, shift=1, chunk_bytes=CHUNK_BYTES
+        return linear_distillation_loss(
+            hidden,
+            weights[0],
+            teacher_hidden,
+            weights[1],
+            ids,
+            divergence=DIVERGENCES[name],
+            shift=1,
+            chunk_bytes=CHUNK_BYTES,
         )
     # In place: the gradient takes the place of the logits, which are not needed again.
     student_logits = student.lm_head(hidden)
     with torch.no_grad():
         teacher_logits = teacher.lm_head(teacher_hidden)
-    return LOSSES_OF_LOGITS[name](student_logits, teacher_logits, ids, shift=1, inplace=True)
+    return distillation_loss(
+        student_logits,
+        teacher_logits,
+        ids,
+        divergence=DIVERGENCES[name],
+        shift=1,
+        inplace=True,
+    )
 
 
 def loss_peak(
@@ -265,7 +278,7 @@ def draw_batches(sequences: Tensor, steps: int, seed: int) -> Iterator[Tensor]:
 
 
 def describe(points: list[Point]) -> str:
-    return "  ".join(f"{p.trained_with} {p.forward_kl:.2f}" for p in points[-len(LOSSES) :])
+    return "  ".join(f"{p.trained_with} {p.forward_kl:.2f}" for p in points[-len(DIVERGENCES) :])
 
 
 def write_csv(points: list[Point], path: Path) -> None:
@@ -283,7 +296,7 @@ def plot(points: list[Point], path: Path) -> None:
         "head_share": "share of the gap in the head",
     }
     for axes, (field, title) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
-        for name in LOSSES:
+        for name in DIVERGENCES:
             curve = [p for p in points if p.trained_with == name]
             axes.plot(
                 [p.step for p in curve],
@@ -307,7 +320,7 @@ def summary(points: list[Point]) -> Table:
     table.add_column("trained with")
     for column in ("forward KL", "reverse KL", "head share"):
         table.add_column(column, justify="right")
-    for name in LOSSES:
+    for name in DIVERGENCES:
         first, *_, last = (p for p in points if p.trained_with == name)
         table.add_row(
             name,

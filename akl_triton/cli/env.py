@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 import akl_triton
-from akl_triton.ops import resolve_backend, triton_obstacle
+from akl_triton.backend import resolve_backend, triton_obstacle
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import akl_triton
-from akl_triton.ops import triton_obstacle
+from akl_triton.backend import triton_obstacle
 from akl_triton.reference import authors_adaptive_kl
 
 Divergence = Literal["adaptive_kl", "forward_kl", "reverse_kl", "jsd"]

@@ -97,7 +97,7 @@ def step_of(student: Tensor, teacher: Tensor) -> Callable[[], None]:
 
     def step() -> None:
         leaf.grad = None
-        adaptive_kl(leaf, teacher, backend="torch").backward()
+        adaptive_kl(leaf, teacher, backend="torch").backward()  # type: ignore[no-untyped-call]
 
     return step
 

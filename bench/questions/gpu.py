@@ -40,9 +40,9 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 import akl_triton
+from akl_triton.backend import triton_obstacle
 from akl_triton.kernels.launch_table import CANDIDATES, Launch, launch_for
-from akl_triton.linear import chunk_rows, default_chunk_bytes
-from akl_triton.ops import triton_obstacle
+from akl_triton.linear_ops import chunk_rows, default_chunk_bytes
 from bench.inputs.linear_peers import adaptive_kl_of_all_logits
 from bench.inputs.losses import LOSSES
 from bench.inputs.peers import OURS, PEERS

@@ -273,7 +273,7 @@ def misaligned_rows() -> list[dict[str, Any]]:
             loss = akl_triton.adaptive_kl(s.clone().requires_grad_(), t, backend="triton")
             counts.setdefault("forward", {})[v] = _executed(counters)
             counters.reset()
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             counts.setdefault("backward", {})[v] = _executed(counters)
             counters.reset()
             akl_triton.adaptive_kl(s.requires_grad_().clone(), t, inplace=True, backend="triton")

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from akl_triton import adaptive_kl
 from akl_triton.cli.bench import MIB, peak_memory
-from akl_triton.linear import chunk_rows, default_chunk_bytes
+from akl_triton.linear_ops import chunk_rows, default_chunk_bytes
 from bench.inputs.linear_peers import LinearLoss, authors, linear_peers
 from bench.inputs.shapes import SMOLLM2_HIDDEN, SMOLLM2_VOCABULARY
 from bench.inputs.synthetic import Heads, make_heads

@@ -14,9 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from akl_triton import eager
+from akl_triton import AdaptiveKL, eager
+from akl_triton.backend import TORCH
 from akl_triton.cli.bench import one_thread, peak_memory
-from akl_triton.ops import TORCH
+from akl_triton.divergences import Rule
+from akl_triton.rows import empty_result
 from bench.inputs.peers import PEERS, Peer
 from bench.inputs.real_logits import real_logits
 from bench.lab import ptxcpu
@@ -76,27 +78,12 @@ def is_of_our_kernels(operator: Any, arguments: tuple[Any, ...]) -> bool:
 @torch.no_grad()
 def _torch_backend(student: Tensor, teacher: Tensor) -> None:
     """What adaptive_kl(backend="torch") and its backward run, outside of the operator around it."""
-    result = eager.forward(
-        student,
-        teacher,
-        valid=None,
-        mu=0.5,
-        temperature=1.0,
-        head="exclusive",
-        ties="stable",
-        weight=None,
-    )
+    rule = Rule(AdaptiveKL())
+    result = empty_result(student[None], with_stats=False)
+    eager.forward(student, teacher, None, rule, result)
     upstream = torch.ones(()).expand(len(student)) / len(student)
     gradient = torch.empty_like(student)
-    eager.backward(
-        upstream,
-        student,
-        teacher,
-        valid=None,
-        state=result.state,
-        temperature=1.0,
-        out=gradient,
-    )
+    eager.backward(upstream, student, teacher, None, result.state, rule, gradient)
     student.grad = gradient
 
 

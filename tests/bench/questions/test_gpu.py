@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 import akl_triton
-from akl_triton import adaptive_kl, eager, linear, ops
+from akl_triton import adaptive_kl, eager, linear_ops
 from akl_triton.cli.bench import peak_memory
 from akl_triton.kernels.launch_table import CANDIDATES, Launch
 from bench.__main__ import main
@@ -137,9 +137,9 @@ def test_the_model_of_memory(
     rows, vocabulary, hidden, chunk = 192, 4096, 64, 64
     model = 2 * chunk * vocabulary * 2 + 4 * vocabulary * hidden
     gradients = 2 * (rows + vocabulary) * hidden
-    monkeypatch.setitem(linear.CHUNK_BYTES, "cpu", 2 * chunk * vocabulary * 2)
+    monkeypatch.setitem(linear_ops.CHUNK_BYTES, "cpu", 2 * chunk * vocabulary * 2)
     monkeypatch.setattr(eager, "TEMPORARY_BYTES", 2**19)
-    monkeypatch.setattr(ops, "BLOCK_BYTES", 2**16)
+    monkeypatch.setattr(rows, "BLOCK_BYTES", 2**16)
     inputs = make_heads(rows, vocabulary, hidden, CPU, gpu.DTYPE, seed=0)
     phase = gpu.PHASES["linear"]
     peaks = {}

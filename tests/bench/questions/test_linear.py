@@ -7,7 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import pytest
 
-from akl_triton import eager, linear, ops
+from akl_triton import eager, linear_ops, rows
 from bench.inputs.linear_peers import linear_peers
 from bench.questions import linear as question
 
@@ -24,9 +24,9 @@ def test_memory_is_that_of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
     vocabulary, hidden, chunk = 4_096, 64, 64
     monkeypatch.setattr(question, "SMOLLM2_VOCABULARY", vocabulary)
     monkeypatch.setattr(question, "SMOLLM2_HIDDEN", hidden)
-    monkeypatch.setitem(linear.CHUNK_BYTES, "cpu", 2 * chunk * vocabulary * 4)
+    monkeypatch.setitem(linear_ops.CHUNK_BYTES, "cpu", 2 * chunk * vocabulary * 4)
     monkeypatch.setattr(eager, "TEMPORARY_BYTES", 2**19)
-    monkeypatch.setattr(ops, "BLOCK_BYTES", 2**16)
+    monkeypatch.setattr(rows, "BLOCK_BYTES", 2**16)
     data = json.loads(json.dumps(question.collect(tokens=512, time_tokens=64, rounds=1)))
     assert data["chunk_tokens"] == chunk
     predicted = sum(data["predicted_bytes"].values())

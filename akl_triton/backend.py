@@ -1,0 +1,178 @@
+"""The two backends behind one contract, and the choice between them.
+
+The name is singular because torch.compile traces no file whose path has ``triton/backends`` in it.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+from .divergences import AdaptiveKL, Rule, TwoKL
+from .rows import RowResult
+
+TRITON, TORCH = "triton", "torch"
+
+
+class Backend(Protocol):
+    """What a backend does with N = outer * inner rows of logits.
+
+    Shape:
+        student [outer, inner, V_s], teacher [outer, inner, V_t], unit stride in V; valid [N] bool,
+        or None where every row counts; result as in `RowResult`.
+    """
+
+    def forward(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        valid: Tensor | None,
+        rule: Rule,
+        result: RowResult,
+        *,
+        upstream: Tensor | None = None,  # [N] fp32, any stride
+        gradient: Tensor | None = None,  # like the student; may be the student
+        damped: bool = False,
+    ) -> None:
+        """Fill `result`, and where they are given write upstream * dloss/dstudent into `gradient`.
+
+        Statistics are left out where `result` has no rows for them. With a gradient the state may
+        stay as it is. `damped` divides the gradient of a row by `rows.damping` of its loss."""
+
+    def backward(
+        self,
+        upstream: Tensor,
+        student: Tensor,
+        teacher: Tensor,
+        valid: Tensor | None,
+        state: Tensor,
+        rule: Rule,
+        gradient: Tensor,
+    ) -> None:
+        """Write upstream * dloss/dstudent into `gradient`, from the state that `forward` left."""
+
+    def rescale(self, rows: Tensor, factor: Tensor) -> None:
+        """rows [N, V] *= factor [N], in place."""
+
+
+class Triton:
+    """The kernels: the contract in their launchers' terms."""
+
+    @staticmethod
+    def forward(
+        student: Tensor,
+        teacher: Tensor,
+        valid: Tensor | None,
+        rule: Rule,
+        result: RowResult,
+        *,
+        upstream: Tensor | None = None,
+        gradient: Tensor | None = None,
+        damped: bool = False,
+    ) -> None:
+        from .kernels import launch
+
+        divergence = rule.divergence
+        head = divergence if isinstance(divergence, AdaptiveKL) else AdaptiveKL()
+        launch.forward(
+            student,
+            teacher,
+            valid,
+            result.loss,
+            result.state if gradient is None else None,
+            result.stats if len(result.stats) else None,
+            mu=head.mu,
+            inclusive=head.head == "inclusive",
+            stable=head.ties == "stable",
+            weight=_fixed_weight(rule),
+            gradient=gradient,
+            upstream=upstream,
+            damped=damped,
+            **_maps(rule),
+        )
+
+    @staticmethod
+    def backward(
+        upstream: Tensor,
+        student: Tensor,
+        teacher: Tensor,
+        valid: Tensor | None,
+        state: Tensor,
+        rule: Rule,
+        gradient: Tensor,
+    ) -> None:
+        from .kernels import launch
+
+        launch.backward(
+            gradient,
+            student,
+            teacher,
+            valid,
+            state,
+            upstream,
+            reverse=_fixed_weight(rule) != 1.0,
+            **_maps(rule),
+        )
+
+    @staticmethod
+    def rescale(rows: Tensor, factor: Tensor) -> None:
+        from .kernels import launch
+
+        launch.rescale(rows, factor)
+
+
+def _fixed_weight(rule: Rule) -> float | None:
+    assert isinstance(rule.divergence, TwoKL)
+    return rule.divergence.fixed_weight
+
+
+def _maps(rule: Rule) -> dict[str, float | None]:
+    return {
+        "temperature": rule.temperature,
+        "student_softcap": rule.student_map.softcap,
+        "teacher_softcap": rule.teacher_map.softcap,
+        "student_logit_scale": rule.student_map.scale,
+        "teacher_logit_scale": rule.teacher_map.scale,
+    }
+
+
+def backend_of(name: str) -> Backend:
+    """The backend of a name that `resolve_backend` gave."""
+    if name == TRITON:
+        return Triton()
+    from . import eager
+
+    return eager
+
+
+def triton_obstacle(device_type: str) -> str | None:
+    """Why the Triton kernels cannot run on tensors of this device; None if they can."""
+    try:
+        from triton import knobs
+        from triton.runtime import driver
+    except ImportError:
+        return "triton is not installed"
+    if knobs.runtime.interpret:
+        return None
+    try:
+        runs_on = driver.active.get_active_torch_device().type
+    except RuntimeError:
+        return "triton finds no GPU (TRITON_INTERPRET=1 interprets the kernels on CPU tensors)"
+    return None if runs_on == device_type else f"triton runs on {runs_on}, not on {device_type}"
+
+
+def resolve_backend(backend: str, device_type: str) -> str:
+    """The backend that `backend` means for tensors of this device; ValueError if it cannot run."""
+    if backend == TORCH:
+        return TORCH
+    obstacle = triton_obstacle(device_type)
+    if obstacle is None:
+        return TRITON
+    if backend == TRITON:
+        raise ValueError(f"backend: expected one that can run here, got 'triton', but {obstacle}")
+    return TORCH
+
+
+# What torch.compiler.assume_constant_result does, which would import all of torch._dynamo.
+resolve_backend._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -1,0 +1,345 @@
+"""The operators of the losses of hidden states: the logits by the chunk, the loss and gradients.
+
+    for each chunk of the tokens that count:
+        t = h_t @ W_t^T + b_t        s = h_s @ W_s^T + b_s      into two buffers, used again
+        loss, and ds over s                                     a backend
+        dH[chunk] = ds @ W_s         dW += ds^T @ h_s           db += sum ds
+
+All gradients are there when the forward pass ends: neither logits nor weights are needed later, and
+backward multiplies by a number. Only with a loss per token and a weight to train is the pass made
+again in backward: dW mixes the tokens before their upstream gradients are known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .backend import backend_of
+from .divergences import RULE_SCHEMA, Rule
+from .kernels.layout import STATISTICS
+from .rows import LARGEST_WRITTEN, blocks, damping, empty_result, power_of_two, room
+
+# The fp32 sum of dW, 8 V H bytes read and written once per chunk, should cost little compared with
+# the products, 8 V H flops a token or more. A chunk needs thousands of tokens where a machine does
+# 200 flops in the time of a byte (a GPU), and a hundred where it does 10: `python -m bench linear`.
+CHUNK_BYTES = {"cpu": 2**28}
+CHUNK_BYTES_ELSEWHERE = 2**30
+# What is written of fp16 gradients leaves so much room for their sums over the vocabulary.
+_LARGEST_TERM = 2.0**9
+# The sums over tokens undo the damping, a power of two from 2 up, in the other factor of the
+# product: less this, so that hidden states of any size stay in the range of fp16.
+_UNDAMPING = 8.0
+_ROW_TILE = 128  # chunks are multiples of this where they can be: GEMMs come in such tiles
+
+
+def default_chunk_bytes(device: torch.device) -> int:
+    return CHUNK_BYTES.get(device.type, CHUNK_BYTES_ELSEWHERE)
+
+
+def chunk_rows(chunk_bytes: int, row_bytes: int) -> int:
+    """Tokens a chunk, where the logits of one take so many bytes on both sides."""
+    rows = chunk_bytes // row_bytes
+    return rows - rows % _ROW_TILE if rows > _ROW_TILE else rows
+
+
+class Sides(NamedTuple):
+    """The six tensors of the products, in the order of the operators' arguments."""
+
+    student_hidden: Tensor  # [N, H_s], or [..., H_s] at the door
+    student_weight: Tensor  # [V_s, H_s]
+    student_bias: Tensor | None  # [V_s]
+    teacher_hidden: Tensor  # [N, H_t]
+    teacher_weight: Tensor  # [V_t, H_t]
+    teacher_bias: Tensor | None  # [V_t]
+
+
+class Plan(NamedTuple):
+    """The plan of the sweep over the chunks, in the order of the operators' arguments."""
+
+    student_dtype: torch.dtype  # of the student's products, hence of its logits
+    teacher_dtype: torch.dtype
+    accum_dtype: torch.dtype
+    chunk_bytes: int
+    hidden_gradient: bool  # which gradients are wanted
+    weight_gradient: bool
+    bias_gradient: bool
+    backend: str
+
+    def bytes_per_row(self, sides: Sides) -> int:
+        """Bytes that the logits of one token take on both sides."""
+        student = sides.student_weight.shape[0] * self.student_dtype.itemsize
+        return student + sides.teacher_weight.shape[0] * self.teacher_dtype.itemsize
+
+    @property
+    def damped(self) -> bool:
+        """Whether the gradient of the logits is divided by each row's damping."""
+        return self.student_dtype == torch.float16
+
+    def room(self, rule: Rule) -> float:
+        """By which that is multiplied, where the upstream gradient is not known."""
+        if not self.damped:
+            return 1.0
+        if self.accum_dtype == torch.float16:  # the sum over tokens has all the room of fp16
+            return min(_UNDAMPING, room(rule.rate, LARGEST_WRITTEN))
+        return room(rule.rate, _LARGEST_TERM)
+
+    def unit(self, rule: Rule) -> float:
+        """By which the sums over tokens are multiplied."""
+        return self.room(rule) / _UNDAMPING if self.damped else 1.0
+
+    @property
+    def any_gradient(self) -> bool:
+        return self.hidden_gradient or self.weight_gradient or self.bias_gradient
+
+
+# The last arguments of both operators: Sides, which tokens count, the factor of their losses, Plan,
+# Rule.
+_ARGUMENTS = f"""
+    Tensor student_hidden, Tensor student_weight, Tensor? student_bias,
+    Tensor teacher_hidden, Tensor teacher_weight, Tensor? teacher_bias,
+    Tensor? valid, Tensor factor,
+    ScalarType student_dtype, ScalarType teacher_dtype, ScalarType accum_dtype,
+    SymInt chunk_bytes, bool hidden_gradient, bool weight_gradient, bool bias_gradient, str backend,
+    {RULE_SCHEMA}
+"""
+
+
+@torch.library.custom_op(
+    "akl_triton::linear_divergence",
+    mutates_args=(),
+    schema=f"(bool per_token, bool with_stats, {_ARGUMENTS})"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def linear_divergence(per_token, with_stats, *inputs):  # type: ignore[no-untyped-def]
+    """(loss [] or [N] fp32, stats [N, 6] or [0, 6] fp32, dampings, gradients of the summed loss).
+
+    The gradients are [N, H_s], [V_s, H_s] and [V_s], or [0] where the forward pass gives none. In
+    fp16 they still have to be multiplied by `_rests`; dampings [N] are [0] elsewhere."""
+    sides, valid, factor, plan, rule = _unpack(inputs)
+    loss, *rest = _sweep(sides, valid, factor, _now(plan, per_token), rule, with_stats)
+    return (loss if per_token else loss.sum(), *rest)
+
+
+@torch.library.custom_op(
+    "akl_triton::linear_divergence_backward",
+    mutates_args=(),
+    schema=f"(Tensor upstream, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor)",
+)
+def linear_divergence_backward(upstream, *inputs):  # type: ignore[no-untyped-def]
+    """The gradients of sum upstream [N] * loss [N], or [0] where none is wanted."""
+    _, _, _, *gradients = _sweep(*_unpack(inputs), False, upstream)
+    return tuple(gradients)
+
+
+@torch.library.custom_op("akl_triton::scaled", mutates_args=())
+def scaled(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """factor * x in `dtype`, rounded once; factor [] or one for each x[i]."""
+    out = torch.empty(x.shape, dtype=dtype, device=x.device)
+    for block in blocks(x):
+        by = factor[block].view(-1, *[1] * (x.dim() - 1)) if factor.dim() else factor
+        torch.mul(x[block], by, out=out[block])
+    return out
+
+
+def is_late(plan: Plan, per_token: bool) -> bool:
+    """Whether the gradients have to wait for the upstream gradient of every token."""
+    return per_token and (plan.weight_gradient or plan.bias_gradient)
+
+
+def _now(plan: Plan, per_token: bool) -> Plan:
+    """The part of the plan that runs in the forward pass."""
+    if is_late(plan, per_token):
+        return plan._replace(hidden_gradient=False, weight_gradient=False, bias_gradient=False)
+    return plan
+
+
+def _empty_gradients(sides: Sides, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
+    hidden, weight = sides.student_hidden, sides.student_weight
+
+    def empty(wanted: bool, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        return torch.empty(shape if wanted else (0,), dtype=dtype, device=hidden.device)
+
+    return (
+        empty(plan.hidden_gradient, hidden.shape, plan.student_dtype),
+        empty(plan.weight_gradient, weight.shape, plan.accum_dtype),
+        empty(plan.bias_gradient, weight.shape[:1], plan.accum_dtype),
+    )
+
+
+@linear_divergence.register_fake
+def _(per_token, with_stats, *inputs):  # type: ignore[no-untyped-def]
+    sides, _, _, plan, _ = _unpack(inputs)
+    hidden = sides.student_hidden
+    n = hidden.shape[0]
+    loss = torch.empty((n,) if per_token else (), dtype=torch.float32, device=hidden.device)
+    stats = torch.empty(
+        n if with_stats else 0, len(STATISTICS), dtype=torch.float32, device=hidden.device
+    )
+    now = _now(plan, per_token)
+    dampings = loss.new_empty(n if now.damped and now.hidden_gradient else 0)
+    return (loss, stats, dampings, *_empty_gradients(sides, now))
+
+
+@linear_divergence_backward.register_fake
+def _(upstream, *inputs):  # type: ignore[no-untyped-def]
+    sides, _, _, plan, _ = _unpack(inputs)
+    return _empty_gradients(sides, plan)
+
+
+@scaled.register_fake
+def _(x, factor, dtype):  # type: ignore[no-untyped-def]
+    return torch.empty(x.shape, dtype=dtype, device=x.device)
+
+
+def _unpack(inputs: Sequence[Any]) -> tuple[Sides, Tensor | None, Tensor, Plan, Rule]:
+    """The arguments of `_ARGUMENTS`."""
+    end_of_sides = len(Sides._fields)
+    sides, (valid, factor, *rest) = Sides(*inputs[:end_of_sides]), inputs[end_of_sides:]
+    end_of_plan = len(Plan._fields)
+    return sides, valid, factor, Plan(*rest[:end_of_plan]), Rule.unpack(rest[end_of_plan:])
+
+
+def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    per_token, _, *arguments = inputs
+    sides, valid, factor, plan, rule = _unpack(arguments)
+    ctx.count = len(inputs)
+    _, *rest = output
+    ctx.mark_non_differentiable(*rest)
+    ctx.set_materialize_grads(False)  # no zeros for what has no upstream gradient
+    ctx.late = is_late(plan, per_token)
+    ctx.options = plan, rule
+    ctx.dtypes = [None if x is None else x.dtype for x in sides[:3]]
+    ctx.save_for_backward(factor, *(*sides, valid) if ctx.late else rest[1:])
+
+
+def _differentiate(ctx, upstream, *_):  # type: ignore[no-untyped-def]
+    if torch.is_grad_enabled():  # create_graph=True; what was computed in forward has no graph
+        ops.refuse()
+    plan, rule = ctx.options
+    factor, *saved = ctx.saved_tensors
+    wanted = plan.hidden_gradient, plan.weight_gradient, plan.bias_gradient
+    if ctx.late:
+        saved = linear_divergence_backward(upstream, *saved, factor, *plan, *rule.pack())
+        rests = [torch.ones((), dtype=torch.float32, device=upstream.device)] * 3
+    else:
+        dampings, *saved = saved
+        rests = [upstream * rest for rest in _rests(factor, dampings, plan, rule)]
+    gradients = [
+        scaled(x, rest, dtype) if some else None
+        for x, rest, dtype, some in zip(saved, rests, ctx.dtypes, wanted, strict=True)
+    ]
+    return None, None, *gradients, *[None] * (ctx.count - 5)
+
+
+def _rests(factor: Tensor, dampings: Tensor, plan: Plan, rule: Rule) -> list[Tensor | float]:
+    """The factor that the gradients of hidden states, weight and bias still lack."""
+    if not plan.damped:
+        return [1.0, 1.0, 1.0]
+    of_sums = power_of_two(factor) / plan.unit(rule)
+    of_rows = power_of_two(factor) / plan.room(rule)
+    return [of_rows * dampings if plan.hidden_gradient else of_rows, of_sums, of_sums]
+
+
+linear_divergence.register_autograd(_differentiate, setup_context=_save)
+
+
+def _sweep(
+    sides: Sides,
+    valid: Tensor | None,
+    factor: Tensor,
+    plan: Plan,
+    rule: Rule,
+    with_stats: bool,
+    upstream: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    """(factor * loss [N], stats, dampings, gradients of upstream * that, summed).
+
+    Where the upstream gradient is not known yet it is taken to be 1, and in fp16 the gradients lack
+    `_rests`: a power of two, so that they are rounded once if the loss scale is one, too."""
+    student, teacher = sides.student_hidden, sides.teacher_hidden
+    n, device = student.shape[0], student.device
+    loss = torch.zeros(n, dtype=torch.float32, device=device)
+    stats = loss.new_zeros(n if with_stats else 0, len(STATISTICS))
+    damped = upstream is None and plan.damped and plan.any_gradient
+    dampings = loss.new_ones(n if damped and plan.hidden_gradient else 0)
+    d_hidden, d_weight, d_bias = (x.zero_() for x in _empty_gradients(sides, plan))
+
+    counting = None if valid is None else valid.nonzero().flatten()
+    count = n if counting is None else len(counting)
+    step = min(chunk_rows(plan.chunk_bytes, plan.bytes_per_row(sides)), count)
+    weights = (
+        sides.student_weight.to(plan.student_dtype),
+        sides.teacher_weight.to(plan.teacher_dtype),
+    )
+    buffers = [weight.new_empty(step, weight.shape[0]) for weight in weights]
+    backend = backend_of(plan.backend)
+    scale = factor.expand(n) if upstream is None else factor * upstream
+    if damped:
+        scale = scale * (plan.room(rule) / power_of_two(factor))
+    for start in range(0, count, max(step, 1)):
+        end = min(start + step, count)
+        rows = slice(start, end) if counting is None else counting[start:end]
+        h = student[rows].to(plan.student_dtype)
+        s, t = (buffer[: end - start] for buffer in buffers)
+        _project(h, weights[0], sides.student_bias, out=s)
+        _project(teacher[rows].to(plan.teacher_dtype), weights[1], sides.teacher_bias, out=t)
+        result = empty_result(s[None], with_stats)
+        backend.forward(
+            s[None],
+            t[None],
+            None,
+            rule,
+            result,
+            upstream=scale[rows] if plan.any_gradient else None,
+            gradient=s[None] if plan.any_gradient else None,
+            damped=damped,
+        )
+        loss[rows] = factor * result.loss
+        if with_stats:
+            stats[rows] = result.stats
+        if plan.hidden_gradient:
+            d_hidden[rows] = s @ weights[0]
+        undamping = None
+        if damped:
+            row_dampings = damping(result.loss)
+            undamping = row_dampings[:, None] / _UNDAMPING
+            if plan.hidden_gradient:
+                dampings[rows] = row_dampings
+        if plan.weight_gradient:
+            undamped = h if undamping is None else (h * undamping).to(h.dtype)
+            _add_product(d_weight, s, undamped)
+        if plan.bias_gradient:
+            _add_sum(d_bias, s, undamping)
+    return loss, stats, dampings, d_hidden, d_weight, d_bias
+
+
+def _project(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    """out = hidden @ weight^T + bias, in the dtype of hidden, weight and out."""
+    if bias is None:
+        torch.mm(hidden, weight.t(), out=out)
+    else:
+        torch.addmm(bias.to(out.dtype), hidden, weight.t(), out=out)
+
+
+def _add_product(total: Tensor, ds: Tensor, hidden: Tensor) -> None:
+    """total [V, H] += ds^T @ hidden, summed in the dtype of total."""
+    if ds.dtype == total.dtype:
+        total.addmm_(ds.t(), hidden)
+    elif ds.is_cuda and total.dtype == torch.float32:
+        torch.addmm(total, ds.t(), hidden, out_dtype=torch.float32, out=total)
+    else:  # no GEMM sums bf16 in fp32 here: it is given copies, a block of them at a time
+        wide = hidden.to(total.dtype)
+        for block in blocks(ds.t()):
+            total[block].addmm_(ds[:, block].t().to(total.dtype), wide)
+
+
+def _add_sum(total: Tensor, ds: Tensor, factor: Tensor | None) -> None:
+    """total [V] += sum of ds over the tokens, each times its factor [C, 1] fp32."""
+    for block in blocks(ds.t()):
+        terms = ds[:, block] if factor is None else ds[:, block] * factor
+        total[block] += terms.sum(0, dtype=total.dtype)

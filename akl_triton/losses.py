@@ -1,0 +1,375 @@
+"""The losses of logits: one door, `distillation_loss`, and its short names."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal, NamedTuple, TypeAlias, cast, overload
+
+import torch
+from torch import Tensor
+from typing_extensions import Unpack
+
+from . import checks, ops
+from .backend import resolve_backend
+from .divergences import (
+    AdaptiveKL,
+    Divergence,
+    ForwardKL,
+    Head,
+    MixedKL,
+    ReverseKL,
+    Rule,
+    Ties,
+    resolve,
+)
+from .options import LOSS_OPTIONS, LossOptions, completed, documented, resolved
+from .rows import LogitMap, as_rows
+
+
+class DivergenceStats(NamedTuple):
+    """The quantities that a trainer logs, per token and detached; 0 for tokens that do not count.
+
+    Shape: each as labels, or as the logits without the vocabulary. Dtype: fp32. Unit: nats.
+    """
+
+    forward_kl: Tensor  # KL(teacher || student)
+    reverse_kl: Tensor  # KL(student || teacher)
+    forward_weight: Tensor  # w, the weight of forward_kl; g_head / gap for adaptive_kl
+    head_mass: Tensor  # teacher mass of the head; NaN where w is fixed
+    head_size: Tensor  # tokens in the head; NaN where w is fixed
+    gap: Tensor  # sum |p - q|, twice the total variation
+
+
+LossAndStats: TypeAlias = tuple[Tensor, DivergenceStats]
+
+
+@overload
+def distillation_loss(
+    student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None = None, *,
+    divergence: Divergence | str = ..., return_stats: Literal[False] = False,
+    **options: Unpack[LossOptions],
+) -> Tensor: ...  # fmt: skip
+@overload
+def distillation_loss(
+    student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None = None, *,
+    divergence: Divergence | str = ..., return_stats: Literal[True],
+    **options: Unpack[LossOptions],
+) -> LossAndStats: ...  # fmt: skip
+@overload
+def distillation_loss(
+    student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None = None, *,
+    divergence: Divergence | str = ..., return_stats: bool,
+    **options: Unpack[LossOptions],
+) -> Tensor | LossAndStats: ...  # fmt: skip
+@documented(LossOptions)
+def distillation_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor | None = None,
+    *,
+    divergence: Divergence | str = AdaptiveKL(),  # noqa: B008 - it is frozen
+    return_stats: bool = False,
+    **options: Unpack[LossOptions],
+) -> Tensor | LossAndStats:
+    r"""The divergence between teacher and student, reduced over the tokens.
+
+    Math:
+        With ``p = softmax(teacher / T)`` and ``q = softmax(student / T)`` the loss of a token is
+        what its `divergence` says, a function of p and q. The gradient is with respect to
+        student_logits; the teacher gets none. A token of the vocabulary that is -inf on either side
+        adds nothing to the KL sums; a row that holds NaN or +inf, or nothing finite, is NaN.
+
+    Args:
+        student_logits: ``[..., V_s]``.
+        teacher_logits: ``[..., V_t]``; where V_s != V_t, what one side has more is -inf on the
+            other.
+        labels: ``[...]``, only compared with ``ignore_index``: such tokens count nowhere, and give
+            exactly 0 loss and gradient whatever their logits hold.
+        divergence: a member of the family, or its name, such as "reverse_kl".
+        return_stats: also return `DivergenceStats`.
+        {options}
+
+    Shape:
+        scalar, or that of labels for "none"; with ``return_stats`` the pair (loss, stats).
+
+    Dtype:
+        logits fp32, bf16 or fp16 in any mixture; loss and stats fp32, whose unit is nats; gradient
+        in the dtype of ``student_logits``. Computation is fp32, also under autocast. Finite logits
+        are exact up to a magnitude of 2^24 * T.
+
+    torch.compile:
+        has no graph break. PyTorch makes constants of mu, T and other floats: a schedule of them
+        belongs outside of the compiled function, or compiles it anew for every value.
+
+    Raises:
+        ValueError, TypeError: an argument is not as above; nothing has been launched or written.
+        RuntimeError: the gradient is differentiated, or asked for in forward mode or by
+            torch.func (torch.func.vmap works); or, with ``inplace``, it is used twice or
+            overwritten before it is used.
+
+    Example:
+        >>> import torch
+        >>> from akl_triton import AdaptiveKL, distillation_loss
+        >>> teacher = torch.tensor([[2.0, 1.0, 0.0]])
+        >>> student = torch.zeros(1, 3, requires_grad=True)
+        >>> loss = distillation_loss(student, teacher, divergence=AdaptiveKL(mu=0.5))
+        >>> loss.backward()
+        >>> round(loss.item(), 4), student.grad.shape
+        (0.2876, torch.Size([1, 3]))
+    """
+    return _loss(
+        "distillation_loss",
+        student_logits,
+        teacher_logits,
+        labels,
+        resolve(divergence),
+        return_stats,
+        options,
+    )
+
+
+class AdaptiveKLOptions(LossOptions, total=False):
+    mu: float
+    head: Head
+    ties: Ties
+
+
+class MixedKLOptions(LossOptions, total=False):
+    alpha: float
+
+
+@overload
+def adaptive_kl(
+    student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None = None, *,
+    return_stats: Literal[False] = False, **options: Unpack[AdaptiveKLOptions],
+) -> Tensor: ...  # fmt: skip
+@overload
+def adaptive_kl(
+    student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None = None, *,
+    return_stats: Literal[True], **options: Unpack[AdaptiveKLOptions],
+) -> LossAndStats: ...  # fmt: skip
+@documented(LossOptions, AdaptiveKL)
+def adaptive_kl(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor | None = None,
+    *,
+    return_stats: bool = False,
+    **options: Unpack[AdaptiveKLOptions],
+) -> Tensor | LossAndStats:
+    """Adaptive KL divergence: `distillation_loss` of `AdaptiveKL`, whose fields are options here.
+
+    Math:
+        ``loss = w forward_kl + (1 - w) reverse_kl``, w per token from where the gap is.
+
+    Reference:
+        See `AdaptiveKL`.
+
+    Example:
+        >>> import torch
+        >>> from akl_triton import adaptive_kl
+        >>> round(adaptive_kl(torch.zeros(1, 3), torch.tensor([[2.0, 1.0, 0.0]])).item(), 4)
+        0.2876
+    """
+    return _loss(
+        "adaptive_kl", student_logits, teacher_logits, labels, AdaptiveKL, return_stats, options
+    )
+
+
+@overload
+def forward_kl(
+    student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None = None, *,
+    return_stats: Literal[False] = False, **options: Unpack[LossOptions],
+) -> Tensor: ...  # fmt: skip
+@overload
+def forward_kl(
+    student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None = None, *,
+    return_stats: Literal[True], **options: Unpack[LossOptions],
+) -> LossAndStats: ...  # fmt: skip
+@documented(LossOptions, ForwardKL)
+def forward_kl(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor | None = None,
+    *,
+    return_stats: bool = False,
+    **options: Unpack[LossOptions],
+) -> Tensor | LossAndStats:
+    """Forward KL divergence, KL(teacher || student): `distillation_loss` of `ForwardKL`.
+
+    Math:
+        ``loss = sum_i p_i (ln p_i - ln q_i)``.
+
+    Reference:
+        See `ForwardKL`.
+
+    Example:
+        >>> import torch
+        >>> from akl_triton import forward_kl
+        >>> round(forward_kl(torch.zeros(1, 3), torch.tensor([[2.0, 1.0, 0.0]])).item(), 4)
+        0.2662
+    """
+    return _loss(
+        "forward_kl", student_logits, teacher_logits, labels, ForwardKL, return_stats, options
+    )
+
+
+@overload
+def reverse_kl(
+    student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None = None, *,
+    return_stats: Literal[False] = False, **options: Unpack[LossOptions],
+) -> Tensor: ...  # fmt: skip
+@overload
+def reverse_kl(
+    student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None = None, *,
+    return_stats: Literal[True], **options: Unpack[LossOptions],
+) -> LossAndStats: ...  # fmt: skip
+@documented(LossOptions, ReverseKL)
+def reverse_kl(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor | None = None,
+    *,
+    return_stats: bool = False,
+    **options: Unpack[LossOptions],
+) -> Tensor | LossAndStats:
+    """Reverse KL divergence, KL(student || teacher): `distillation_loss` of `ReverseKL`.
+
+    Math:
+        ``loss = sum_i q_i (ln q_i - ln p_i)``.
+
+    Reference:
+        See `ReverseKL`.
+
+    Example:
+        >>> import torch
+        >>> from akl_triton import reverse_kl
+        >>> round(reverse_kl(torch.zeros(1, 3), torch.tensor([[2.0, 1.0, 0.0]])).item(), 4)
+        0.309
+    """
+    return _loss(
+        "reverse_kl", student_logits, teacher_logits, labels, ReverseKL, return_stats, options
+    )
+
+
+@overload
+def mixed_kl(
+    student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None = None, *,
+    return_stats: Literal[False] = False, **options: Unpack[MixedKLOptions],
+) -> Tensor: ...  # fmt: skip
+@overload
+def mixed_kl(
+    student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None = None, *,
+    return_stats: Literal[True], **options: Unpack[MixedKLOptions],
+) -> LossAndStats: ...  # fmt: skip
+@documented(LossOptions, MixedKL)
+def mixed_kl(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor | None = None,
+    *,
+    return_stats: bool = False,
+    **options: Unpack[MixedKLOptions],
+) -> Tensor | LossAndStats:
+    """Forward and reverse KL with a fixed weight: `distillation_loss` of `MixedKL`.
+
+    Math:
+        ``loss = alpha forward_kl + (1 - alpha) reverse_kl``.
+
+    Reference:
+        See `MixedKL`.
+
+    Example:
+        >>> import torch
+        >>> from akl_triton import mixed_kl
+        >>> round(mixed_kl(torch.zeros(1, 3), torch.tensor([[2.0, 1.0, 0.0]])).item(), 4)
+        0.2876
+    """
+    return _loss("mixed_kl", student_logits, teacher_logits, labels, MixedKL, return_stats, options)
+
+
+def _loss(
+    function: str,
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor | None,
+    divergence: Divergence | type[Divergence],
+    return_stats: bool,
+    given: Any,
+) -> Tensor | LossAndStats:
+    """The body of the losses above; `function` is the one that was called, which for a
+    short name gives the class of its divergence."""
+    divergence, given = resolved(function, divergence, LOSS_OPTIONS, given)
+    options = cast(LossOptions, completed(LOSS_OPTIONS, given))
+    checks.check_flag("return_stats", return_stats)
+    rule = rule_of(divergence, options)
+    inplace, reduction, shift = options["inplace"], options["reduction"], options["shift"]
+    checks.check_logits(student, teacher)
+    checks.check_labels(labels, student, shift)
+    items = checks.check_num_items(options["num_items"], reduction, student)
+    wants_gradient = student.requires_grad and torch.is_grad_enabled()
+    if inplace:
+        checks.check_inplace(student, teacher)
+    elif wants_gradient:
+        checks.check_can_be_saved("teacher_logits", teacher)
+    backend = resolve_backend(options["backend"], student.device.type)
+
+    tokens = student.shape[:-1]
+    valid = None if labels is None else valid_tokens(labels, options["ignore_index"], shift)
+    factor = row_factor(tokens, valid, reduction, items)
+    if options["scale_by_t2"]:
+        factor = factor * rule.temperature**2
+    rows_s, rows_t = as_rows(student, teacher)
+    if inplace and wants_gradient:
+        # Multiplied, not copied to the device: a copy would wait for it.
+        scale = torch.ones((), dtype=torch.float32, device=student.device) * factor
+        loss, stats = ops.InPlaceDivergence.apply(  # type: ignore[no-untyped-call]
+            rows_s, rows_t, valid, scale, rule, return_stats, backend
+        )
+    else:
+        loss, _, stats = ops.divergence(rows_s, rows_t, valid, return_stats, backend, *rule.pack())
+        loss = loss * factor
+    loss = loss.view(tokens) if reduction == "none" else loss.sum()
+    return (loss, stats_of(stats, tokens)) if return_stats else loss
+
+
+def rule_of(divergence: Divergence, options: Any) -> Rule:
+    """What the options of either door make of a token's loss."""
+    return Rule(
+        divergence,
+        options["temperature"],
+        LogitMap(options["student_softcap"], options["student_logit_scale"]),
+        LogitMap(options["teacher_softcap"], options["teacher_logit_scale"]),
+    )
+
+
+def stats_of(columns: Tensor, tokens: torch.Size) -> DivergenceStats:
+    """The operators' [N, columns of layout.STATISTICS] in the shape of the tokens."""
+    return DivergenceStats(*(column.view(tokens) for column in columns.unbind(1)))
+
+
+def valid_tokens(labels: Tensor, ignore_index: int, shift: int) -> Tensor:
+    """[N] bool: the tokens whose label, `shift` positions on, is not ignored."""
+    if shift:
+        # Padded before it is cut: a sequence may be shorter than the shift, or of symbolic length.
+        labels = torch.nn.functional.pad(labels, (0, shift), value=ignore_index)[..., shift:]
+    return (labels != ignore_index).reshape(-1)
+
+
+def row_factor(
+    tokens: torch.Size,
+    valid: Tensor | None,
+    reduction: str,
+    num_items: float | Tensor | None,
+) -> float | Tensor:
+    """The factor by which the reduction multiplies the loss of every row, without a host sync."""
+    if reduction != "mean":
+        return 1.0
+    if isinstance(num_items, Tensor):
+        return num_items.reciprocal()
+    if num_items is not None:
+        return 1.0 / num_items
+    if valid is None:
+        # torch.Size.numel() would be an int, and fix the batch of an exported program.
+        return 1.0 / max(math.prod(tokens), 1)
+    return valid.sum().clamp(min=1).float().reciprocal()

@@ -1,0 +1,73 @@
+"""The PyTorch backend called with the options of a rule one by one, into outputs full of NaN."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from akl_triton import eager
+from akl_triton.divergences import AdaptiveKL, Head, MixedKL, Rule, Ties
+from akl_triton.kernels.layout import STATE_WIDTH, STATISTICS
+from akl_triton.rows import LogitMap, RowResult
+
+IDENTITY = LogitMap()
+
+
+def rule(
+    *,
+    mu: float = 0.5,
+    temperature: float = 1.0,
+    head: Head = "exclusive",
+    ties: Ties = "stable",
+    weight: float | None = None,
+    student_map: LogitMap = IDENTITY,
+    teacher_map: LogitMap = IDENTITY,
+) -> Rule:
+    """Adaptive KL, or with a weight the mixture that it fixes."""
+    divergence = AdaptiveKL(mu, head, ties) if weight is None else MixedKL(weight)
+    return Rule(divergence, temperature, student_map, teacher_map)
+
+
+def forward(
+    student: Tensor,
+    teacher: Tensor,
+    valid: Tensor | None,
+    *,
+    upstream: Tensor | None = None,
+    out: Tensor | None = None,
+    damped: bool = False,
+    **options,
+) -> RowResult:
+    """Loss, state and statistics of rows, and with `out` their gradient."""
+    n = student.shape[:-1].numel()
+    nan = torch.full((), torch.nan, dtype=torch.float32, device=student.device)
+    result = RowResult(
+        nan.repeat(n),
+        nan.repeat(n, STATE_WIDTH),
+        nan.repeat(n, len(STATISTICS)),
+    )
+    eager.forward(
+        student,
+        teacher,
+        valid,
+        rule(**options),
+        result,
+        upstream=upstream,
+        gradient=out,
+        damped=damped,
+    )
+    return result
+
+
+def backward(
+    upstream: Tensor,
+    student: Tensor,
+    teacher: Tensor,
+    valid: Tensor | None,
+    state: Tensor,
+    *,
+    out: Tensor,
+    **options,
+) -> None:
+    """Write upstream * dloss/dstudent into `out`."""
+    eager.backward(upstream, student, teacher, valid, state, rule(**options), out)
