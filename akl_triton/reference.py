@@ -1,13 +1,16 @@
-"""The float64 oracle of adaptive KL, and the authors' own computation.
+"""The float64 oracle of adaptive KL and of its family, and the authors' own computation.
 
 `reference_adaptive_kl` spells the definition out with a full sort and every intermediate kept, to
-be read along with the formulas; `authors_adaptive_kl` is the published fp32 code, the baseline of
+be read along with the formulas, and `reference_divergence` does the same for the divergences that
+are one function of an entry; `authors_adaptive_kl` is the published fp32 code, the baseline of
 every comparison.
 """
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+import math
+from collections.abc import Callable
+from typing import Literal, NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +38,13 @@ class ReferenceResult(NamedTuple):
     head: Tensor  # [N, V] bool; for ties="average" float64, k/n in the split group
     loss: Tensor  # [N]
     grad: Tensor  # [N, V_s] dloss/dstudent_logits with w constant
+
+
+class DivergenceResult(NamedTuple):
+    """A divergence and its gradient, float64."""
+
+    loss: Tensor  # [N]
+    grad: Tensor  # [N, V_s] dloss/dstudent_logits
 
 
 def reference_adaptive_kl(
@@ -142,6 +152,184 @@ def reference_adaptive_kl(
         loss=nan_where_broken(loss),
         grad=grad.masked_fill(broken[:, None], torch.nan)[:, : student_logits.shape[-1]],
     )
+
+
+def reference_divergence(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    divergence: str,
+    *,
+    temperature: float = 1.0,
+    student_softcap: float | None = None,
+    teacher_softcap: float | None = None,
+    student_logit_scale: float = 1.0,
+    teacher_logit_scale: float = 1.0,
+    **numbers: float,
+) -> DivergenceResult:
+    """A divergence per row in float64, with its closed-form gradient.
+
+    Math:
+        p = softmax(t/T), q = softmax(s/T), u = ln p - ln q
+        loss = sum_i phi(p_i, q_i), g = q dphi/dq, G = sum_i g_i
+        T dloss/ds_j = g_j - q_j G
+
+        divergence (numbers)            phi, with the mixture m it uses
+        jensen_shannon (beta)           beta p ln(p/m) + (1 - beta) q ln(q/m),
+                                        m = beta p + (1 - beta) q
+        skew_kl (alpha)                 p ln(p/m), m = alpha p + (1 - alpha) q
+        skew_reverse_kl (alpha, detach) q ln(q/m), m = (1 - alpha) p + alpha q
+        total_variation ()              |p - q| / 2
+        alpha (a)                       (p^a q^(1-a) - a p - (1-a) q) / (a (a-1))
+        alpha_beta (a, b)               (a p^l + b q^l - l p^a q^b) / (a b l), l = a + b
+        todi ()                         (p - q) u
+        jeffreys ()                     (p - q) u
+
+        Two of the gradients hold a part of the loss constant. With `detach`, skew_reverse_kl does
+        so with m. The value of todi is that of v p u - (1 - v) q u with v = sigmoid(u) constant,
+        so that g = (q - p) - u q^2 / (p + q).
+
+        Where a side's logit is -inf, phi and g take their limit at p = 0 or q = 0 if it is finite:
+
+                          (p, 0)                     (0, q)
+        jensen_shannon    beta p ln(1/beta)          (1 - beta) q ln(1/(1 - beta))
+        skew_kl           p ln(1/alpha)              0
+        skew_reverse_kl   0                          q ln(1/alpha)
+        total_variation   p / 2                      q / 2
+        alpha             p / (1-a) if a < 1         q / a if a > 0
+        alpha_beta        p^l / (b l) if b, l > 0    q^l / (a l) if a, l > 0
+
+        Where it is infinite, which is everywhere else, the entry is dropped: it adds 0 to the loss
+        and has g_j = 0, but it keeps its q_j G. For alpha and alpha_beta the exponents decide, as
+        0^c is 0 for c > 0 and infinite for c < 0: those of q are l and b, and those of p are l and
+        a (for alpha, 1 and 1 - a, and 1 and a). An entry that both sides forbid adds nothing.
+        Either side's logits are softcap tanh(logit_scale x / softcap) of its input x, or
+        logit_scale x without a softcap, and the gradient is with respect to x; infinities stay.
+    Shape:
+        student_logits [N, V_s], teacher_logits [N, V_t]. What the shorter side lacks is -inf there.
+    Dtype:
+        Any floating dtype, also mixed; everything is computed and returned in float64.
+    A row with NaN or +inf, or all -inf, on either side is NaN throughout.
+
+    Reference:
+        jensen_shannon: Agarwal et al. (GKD), arXiv 2306.13649.
+        skew_kl, skew_reverse_kl: Ko et al. (DistiLLM), arXiv 2402.03898; with `detach`, Ko et al.
+        (DistiLLM-2), arXiv 2503.07067.
+        alpha: Amari, "Differential-Geometrical Methods in Statistics", 1985.
+        alpha_beta: Wang et al. (ABKD), arXiv 2505.04560.
+        todi: Jung et al. (ToDi), arXiv 2505.16297.
+    Example:
+        >>> teacher = torch.tensor([[0.75, 0.25]]).log()
+        >>> student = torch.tensor([[0.5, 0.5]]).log()
+        >>> result = reference_divergence(student, teacher, "total_variation")
+        >>> [round(x, 6) for x in (result.loss.item(), *result.grad[0].tolist())]
+        [0.25, -0.25, 0.25]
+    """
+    if divergence not in _DIVERGENCES:
+        names = ", ".join(_DIVERGENCES)
+        raise ValueError(f"divergence: expected one of {names}, got {divergence!r}")
+    student, teacher = shared_vocabulary(student_logits.detach(), teacher_logits.detach())
+    t = mapped_logits(teacher, teacher_softcap, teacher_logit_scale) / temperature
+    s = mapped_logits(student, student_softcap, student_logit_scale) / temperature
+    p, q = torch.softmax(t, dim=-1), torch.softmax(s, dim=-1)
+    log_p, log_q = torch.log_softmax(t, dim=-1), torch.log_softmax(s, dim=-1)
+    phi, g = _DIVERGENCES[divergence](p, q, log_p, log_q, **numbers)
+
+    forbidden = (log_p == -torch.inf) | (log_q == -torch.inf)
+    dropped = forbidden & ~(phi.isfinite() & g.isfinite())
+    phi, g = phi.masked_fill(dropped, 0.0), g.masked_fill(dropped, 0.0)
+    grad = (g - q * g.sum(-1, keepdim=True)) / temperature
+    grad = grad * mapped_slope(student, student_softcap, student_logit_scale)
+
+    # The softmax of a broken side is NaN in every entry, some of which may be dropped by the other.
+    broken = p[:, 0].isnan() | q[:, 0].isnan()
+    return DivergenceResult(
+        loss=phi.sum(-1).masked_fill(broken, torch.nan),
+        grad=grad.masked_fill(broken[:, None], torch.nan)[:, : student_logits.shape[-1]],
+    )
+
+
+# Each member takes p, q, ln p, ln q and its numbers, and returns phi and g. Where a logit is -inf,
+# IEEE arithmetic itself gives the finite limit, or else inf or NaN, by which the entry is dropped.
+
+
+def _times_log(x: Tensor, log: Tensor) -> Tensor:
+    """x log, where 0 ln 0 = 0."""
+    return torch.where(x == 0.0, 0.0, x * log)
+
+
+def _log_mixture(log_p: Tensor, log_q: Tensor, of_p: float) -> Tensor:
+    """ln(of_p p + (1 - of_p) q)"""
+    return torch.logaddexp(log_p + math.log(of_p), log_q + math.log1p(-of_p))
+
+
+def _jensen_shannon(
+    p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor, *, beta: float
+) -> tuple[Tensor, Tensor]:
+    log_m = _log_mixture(log_p, log_q, beta)
+    g = (1.0 - beta) * _times_log(q, log_q - log_m)
+    return beta * _times_log(p, log_p - log_m) + g, g
+
+
+def _skew_kl(
+    p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor, *, alpha: float
+) -> tuple[Tensor, Tensor]:
+    log_m = _log_mixture(log_p, log_q, alpha)
+    return _times_log(p, log_p - log_m), -(1.0 - alpha) * q * torch.exp(log_p - log_m)
+
+
+def _skew_reverse_kl(
+    p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor, *, alpha: float, detach: bool
+) -> tuple[Tensor, Tensor]:
+    log_m = _log_mixture(log_p, log_q, 1.0 - alpha)
+    phi = _times_log(q, log_q - log_m)
+    if detach:
+        return phi, phi + q
+    return phi, phi + q - alpha * q * torch.exp(log_q - log_m)
+
+
+def _total_variation(p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
+    return 0.5 * (p - q).abs(), 0.5 * q * torch.sign(q - p)
+
+
+def _alpha(
+    p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor, *, a: float
+) -> tuple[Tensor, Tensor]:
+    product = torch.exp(a * log_p + (1.0 - a) * log_q)
+    phi = (product - a * p - (1.0 - a) * q) / (a * (a - 1.0))
+    return phi, (q - product) / a
+
+
+def _alpha_beta(
+    p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor, *, a: float, b: float
+) -> tuple[Tensor, Tensor]:
+    total = a + b
+    product = torch.exp(a * log_p + b * log_q)
+    p_total, q_total = torch.exp(total * log_p), torch.exp(total * log_q)
+    phi = (a * p_total + b * q_total - total * product) / (a * b * total)
+    return phi, (q_total - product) / a
+
+
+def _todi(p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
+    u = log_p - log_q
+    return (p - q) * u, (q - p) - u * q * torch.sigmoid(-u)
+
+
+def _jeffreys(p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
+    u = log_p - log_q
+    return (p - q) * u, (q - p) - q * u
+
+
+_Member: TypeAlias = Callable[..., tuple[Tensor, Tensor]]
+_DIVERGENCES: dict[str, _Member] = {
+    "jensen_shannon": _jensen_shannon,
+    "skew_kl": _skew_kl,
+    "skew_reverse_kl": _skew_reverse_kl,
+    "total_variation": _total_variation,
+    "alpha": _alpha,
+    "alpha_beta": _alpha_beta,
+    "todi": _todi,
+    "jeffreys": _jeffreys,
+}
 
 
 def shared_vocabulary(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
