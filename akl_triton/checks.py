@@ -137,30 +137,51 @@ def check_accum_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
     return dtype
 
 
-def check_labels(
+def check_tokens(
     labels: Tensor | None,
-    student: Tensor,
+    mask: Tensor | None,
+    token_weights: Tensor | None,
     shift: int,
+    student: Tensor,
     of: str = "student_logits",
 ) -> None:
-    """Labels have the logits' leading shape; a shift needs them, and a sequence."""
-    if labels is None:
-        if shift:
-            raise ValueError(f"shift: expected 0 where labels is None, got {shift}")
-        return
-    check_tensor("labels", labels)
-    if labels.dtype not in LABEL_DTYPES:
-        raise TypeError(f"labels: expected {_join(LABEL_DTYPES)}, got {_describe(labels)}")
-    if labels.shape != student.shape[:-1]:
-        raise ValueError(
-            f"labels: expected shape {list(student.shape[:-1])}, that of {of} without "
-            f"the last dimension, got {_describe(labels)}"
+    """Whatever says something of each token has the logits' leading shape, and a fitting dtype."""
+    given = {"labels": labels, "mask": mask, "token_weights": token_weights}
+    of_tokens = {name: values for name, values in given.items() if values is not None}
+    for name, values in of_tokens.items():
+        check_tensor(name, values)
+    if labels is not None and labels.dtype not in LABEL_DTYPES:
+        hint = "; pass booleans as mask" if labels.dtype == torch.bool else ""
+        raise TypeError(f"labels: expected {_join(LABEL_DTYPES)}, got {_describe(labels)}{hint}")
+    if mask is not None and mask.dtype != torch.bool:
+        raise TypeError(
+            "mask: expected bool, True for the tokens that count (pass mask.bool()), got "
+            f"{_describe(mask)}"
         )
-    check_device("labels", labels, student, of)
-    if shift and labels.dim() == 0:
-        raise ValueError(
-            f"shift: expected 0 where labels have no sequence, {_describe(labels)}, got {shift}"
-        )
+    if token_weights is not None:
+        if not token_weights.dtype.is_floating_point:
+            raise TypeError(
+                f"token_weights: expected a floating dtype, got {_describe(token_weights)}; pass "
+                "booleans as mask"
+            )
+        if wants_gradient(token_weights):
+            raise ValueError(
+                "token_weights: expected a tensor that does not require grad (pass .detach()), "
+                f"got {_describe(token_weights)} with requires_grad=True"
+            )
+    for name, values in of_tokens.items():
+        if values.shape != student.shape[:-1]:
+            raise ValueError(
+                f"{name}: expected shape {list(student.shape[:-1])}, that of {of} without "
+                f"the last dimension, got {_describe(values)}"
+            )
+        check_device(name, values, student, of)
+        if shift and values.dim() == 0:
+            raise ValueError(
+                f"shift: expected 0 where {name} have no sequence, {_describe(values)}, got {shift}"
+            )
+    if shift and not of_tokens:
+        raise ValueError(f"shift: expected 0 where {', '.join(given)} are None, got {shift}")
 
 
 def check_shift(name: str, shift: object) -> int:

@@ -21,7 +21,7 @@ from .divergences import (
     resolve,
 )
 from .linear_ops import Plan, Sides, default_chunk_bytes, is_late, linear_divergence
-from .losses import LossAndStats, row_factor, rule_of, stats_of, valid_tokens
+from .losses import LossAndStats, rows_that_count, rule_of, stats_of
 from .options import LINEAR_LOSS_OPTIONS, LinearLossOptions, completed, documented, resolved
 
 
@@ -366,7 +366,8 @@ def _loss(
     autocast = _autocast_dtype(student.device.type)
     checks.check_projection("student", *sides[:3], student, autocast is not None)
     checks.check_projection("teacher", *sides[3:], student, autocast is not None)
-    checks.check_labels(labels, student, shift, of="student_hidden")
+    of_tokens = labels, options["mask"], options["token_weights"]
+    checks.check_tokens(*of_tokens, shift, student, of="student_hidden")
     items = checks.check_num_items(options["num_items"], reduction, student, of="student_hidden")
     differentiable = torch.is_grad_enabled()
     plan = Plan(
@@ -389,10 +390,7 @@ def _loss(
                 checks.check_can_be_saved(name, tensor)
 
     tokens = student.shape[:-1]
-    valid = None if labels is None else valid_tokens(labels, options["ignore_index"], shift)
-    factor = row_factor(tokens, valid, reduction, items)
-    if options["scale_by_t2"]:
-        factor = factor * rule.temperature**2
+    valid, factor = rows_that_count(tokens, labels, options, items)
     rows = sides._replace(
         student_hidden=student.reshape(-1, student.shape[-1]),
         teacher_hidden=teacher.reshape(-1, teacher.shape[-1]),

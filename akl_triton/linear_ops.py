@@ -240,9 +240,16 @@ def _rests(factor: Tensor, dampings: Tensor, plan: Plan, rule: Rule) -> list[Ten
     """The factor that the gradients of hidden states, weight and bias still lack."""
     if not plan.damped:
         return [1.0, 1.0, 1.0]
-    of_sums = power_of_two(factor) / plan.unit(rule)
-    of_rows = power_of_two(factor) / plan.room(rule)
+    base = _base(factor)
+    of_sums, of_rows = base / plan.unit(rule), base / plan.room(rule)
     return [of_rows * dampings if plan.hidden_gradient else of_rows, of_sums, of_sums]
+
+
+def _base(factor: Tensor) -> Tensor:
+    """The power of two by which factors, [] or [N], are divided to be within 2, without a sync."""
+    # Padded: there may be no rows.
+    largest = torch.nn.functional.pad(factor.abs().reshape(-1), (0, 1)).amax()
+    return power_of_two(largest).clamp(min=torch.finfo(torch.float32).tiny)
 
 
 linear_divergence.register_autograd(_differentiate, setup_context=_save)
@@ -280,7 +287,7 @@ def _sweep(
     backend = backend_of(plan.backend)
     scale = factor.expand(n) if upstream is None else factor * upstream
     if damped:
-        scale = scale * (plan.room(rule) / power_of_two(factor))
+        scale = scale * (plan.room(rule) / _base(factor))
     for start in range(0, count, max(step, 1)):
         end = min(start + step, count)
         rows = slice(start, end) if counting is None else counting[start:end]
@@ -299,7 +306,7 @@ def _sweep(
             gradient=s[None] if plan.any_gradient else None,
             damped=damped,
         )
-        loss[rows] = factor * result.loss
+        loss[rows] = (factor[rows] if factor.dim() else factor) * result.loss
         if with_stats:
             stats[rows] = result.stats
         if plan.hidden_gradient:

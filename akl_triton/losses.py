@@ -39,6 +39,23 @@ class DivergenceStats(NamedTuple):
     head_size: Tensor  # tokens in the head; NaN where w is fixed
     gap: Tensor  # sum |p - q|, twice the total variation
 
+    def means(self, valid: Tensor | None = None) -> dict[str, Tensor]:
+        """The mean of each over the tokens where `valid` [...] is True, for a logger.
+
+        Example:
+            >>> import torch
+            >>> from akl_triton import forward_kl
+            >>> _, stats = forward_kl(torch.zeros(1, 3), torch.zeros(1, 3), return_stats=True)
+            >>> stats.means()["gap"]
+            tensor(0.)
+        """
+        if valid is None:
+            return {name: column.mean() for name, column in self._asdict().items()}
+        count = valid.sum().clamp(min=1)
+        return {
+            name: column.where(valid, 0.0).sum() / count for name, column in self._asdict().items()
+        }
+
 
 LossAndStats: TypeAlias = tuple[Tensor, DivergenceStats]
 
@@ -305,7 +322,7 @@ def _loss(
     rule = rule_of(divergence, options)
     inplace, reduction, shift = options["inplace"], options["reduction"], options["shift"]
     checks.check_logits(student, teacher)
-    checks.check_labels(labels, student, shift)
+    checks.check_tokens(labels, options["mask"], options["token_weights"], shift, student)
     items = checks.check_num_items(options["num_items"], reduction, student)
     wants_gradient = student.requires_grad and torch.is_grad_enabled()
     if inplace:
@@ -315,10 +332,7 @@ def _loss(
     backend = resolve_backend(options["backend"], student.device.type)
 
     tokens = student.shape[:-1]
-    valid = None if labels is None else valid_tokens(labels, options["ignore_index"], shift)
-    factor = row_factor(tokens, valid, reduction, items)
-    if options["scale_by_t2"]:
-        factor = factor * rule.temperature**2
+    valid, factor = rows_that_count(tokens, labels, options, items)
     rows_s, rows_t = as_rows(student, teacher)
     if inplace and wants_gradient:
         # Multiplied, not copied to the device: a copy would wait for it.
@@ -348,15 +362,38 @@ def stats_of(columns: Tensor, tokens: torch.Size) -> DivergenceStats:
     return DivergenceStats(*(column.view(tokens) for column in columns.unbind(1)))
 
 
-def valid_tokens(labels: Tensor, ignore_index: int, shift: int) -> Tensor:
-    """[N] bool: the tokens whose label, `shift` positions on, is not ignored."""
-    if shift:
-        # Padded before it is cut: a sequence may be shorter than the shift, or of symbolic length.
-        labels = torch.nn.functional.pad(labels, (0, shift), value=ignore_index)[..., shift:]
-    return (labels != ignore_index).reshape(-1)
+def rows_that_count(
+    tokens: torch.Size, labels: Tensor | None, options: Any, num_items: float | Tensor | None
+) -> tuple[Tensor | None, float | Tensor]:
+    """[N] bool, or None where all rows count; and what the loss of a row is multiplied by.
+
+    That is a number, [] or [N]."""
+    shift, ignored, weights = options["shift"], options["ignore_index"], options["token_weights"]
+    valid = None if labels is None else _shifted(labels, shift, ignored) != ignored
+    if options["mask"] is not None:
+        mask = _shifted(options["mask"], shift, False)
+        valid = mask if valid is None else valid & mask
+    if shift and valid is None:
+        valid = _shifted(torch.ones_like(weights, dtype=torch.bool), shift, False)
+    factor = _of_reduction(tokens, valid, options["reduction"], num_items)
+    if options["scale_by_t2"]:
+        factor = factor * options["temperature"] ** 2
+    if weights is not None:
+        weights = _shifted(weights.float(), shift, 0.0)
+        # What an ignored token weighs does not matter, not even if it is NaN.
+        factor = factor * (weights if valid is None else weights.where(valid, 0.0)).reshape(-1)
+    return None if valid is None else valid.reshape(-1), factor
 
 
-def row_factor(
+def _shifted(of_tokens: Tensor, shift: int, value: float) -> Tensor:
+    """What stands `shift` positions on; `value` behind the end."""
+    if not shift:
+        return of_tokens
+    # Padded before it is cut: a sequence may be shorter than the shift, or of symbolic length.
+    return torch.nn.functional.pad(of_tokens, (0, shift), value=value)[..., shift:]
+
+
+def _of_reduction(
     tokens: torch.Size,
     valid: Tensor | None,
     reduction: str,

@@ -53,7 +53,8 @@ class _DivergenceLoss(_Loss):
 
 
 class DistillationLoss(_DivergenceLoss):
-    """`distillation_loss` as a module; the call takes the tensors and ``num_items``.
+    """`distillation_loss` as a module; the call takes the tensors, ``mask``, ``token_weights``
+    and ``num_items``.
 
     Args:
         divergence: a member of the family, or its name, such as "reverse_kl".
@@ -85,6 +86,8 @@ class DistillationLoss(_DivergenceLoss):
         teacher_logits: Tensor,
         labels: Tensor | None = None,
         *,
+        mask: Tensor | None = None,
+        token_weights: Tensor | None = None,
         num_items: float | Tensor | None = None,
     ) -> Tensor | LossAndStats:
         """The loss of student_logits [..., V_s] against teacher_logits [..., V_t]."""
@@ -93,6 +96,8 @@ class DistillationLoss(_DivergenceLoss):
             teacher_logits,
             labels,
             divergence=self.divergence,
+            mask=mask,
+            token_weights=token_weights,
             num_items=num_items,
             return_stats=self.return_stats,
             reduction=cast(Reduction, self.reduction),
@@ -116,7 +121,7 @@ class AdaptiveKLLoss(DistillationLoss):
 
 class LinearDistillationLoss(_DivergenceLoss):
     """`linear_distillation_loss` as a module; the call takes the tensors, which stay with their
-    models, and ``num_items``.
+    models, ``mask``, ``token_weights`` and ``num_items``.
 
     Args:
         divergence: a member of the family, or its name, such as "reverse_kl".
@@ -152,6 +157,8 @@ class LinearDistillationLoss(_DivergenceLoss):
         *,
         student_bias: Tensor | None = None,
         teacher_bias: Tensor | None = None,
+        mask: Tensor | None = None,
+        token_weights: Tensor | None = None,
         num_items: float | Tensor | None = None,
     ) -> Tensor | LossAndStats:
         """The loss of hidden [..., H] @ weight [V, H]^T + bias [V], student against teacher."""
@@ -164,6 +171,8 @@ class LinearDistillationLoss(_DivergenceLoss):
             divergence=self.divergence,
             student_bias=student_bias,
             teacher_bias=teacher_bias,
+            mask=mask,
+            token_weights=token_weights,
             num_items=num_items,
             return_stats=self.return_stats,
             reduction=cast(Reduction, self.reduction),

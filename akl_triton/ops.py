@@ -138,7 +138,9 @@ class InPlaceDivergence(torch.autograd.Function):
         damped = student.dtype == torch.float16
         scale, rest = factor, None  # what the gradient has of the factor, and what it lacks
         if damped:
-            rest = power_of_two(factor) / room(rule.rate, LARGEST_WRITTEN)
+            # A weight of 0 has no power of two.
+            rest = power_of_two(factor).clamp(min=torch.finfo(torch.float32).tiny)
+            rest = rest / room(rule.rate, LARGEST_WRITTEN)
             scale = factor / rest
         n = student.shape[0] * student.shape[1]
         loss, stats = divergence_with_gradient(

@@ -62,6 +62,22 @@ class CommonOptions(TypedDict, total=False):
         ),
     ]
     teacher_logit_scale: Annotated[float, Option(1.0, "the same of the teacher", _positive)]
+    mask: Annotated[
+        Tensor | None,
+        Option(
+            None,
+            "`[...]` bool, True for the tokens that count; with labels, a token counts where both "
+            "say so. A mask of 0 and 1 passed as `labels` is not noticed: every token would count",
+        ),
+    ]
+    token_weights: Annotated[
+        Tensor | None,
+        Option(
+            None,
+            "`[...]`, multiply the loss of each token; the mean still divides by the number of "
+            "tokens",
+        ),
+    ]
     ignore_index: Annotated[
         int, Option(-100, "the label of tokens that do not count", checks.check_integer)
     ]
@@ -70,7 +86,8 @@ class CommonOptions(TypedDict, total=False):
         Option(
             0,
             "compare the logits of position i with label i + shift (1: next-token labels as in the "
-            "batch); the last positions then have no label and do not count",
+            "batch), and likewise with mask and token_weights; the last positions then have no "
+            "label and do not count",
             checks.check_shift,
         ),
     ]

@@ -228,6 +228,27 @@ CASES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         ValueError,
         r"shift: expected 0 where labels have no sequence, \[\] int64, got 1",
     ),
+    "boolean labels": (
+        {"labels": LABELS.bool()},
+        TypeError,
+        r"labels: expected int64 or int32, got \[2, 3\] bool; pass booleans as mask",
+    ),
+    "mask of integers": (
+        {"mask": LABELS},
+        TypeError,
+        r"mask: expected bool, True for the tokens that count \(pass mask.bool\(\)\), got",
+    ),
+    "mask shape": ({"mask": LABELS[:1].bool()}, ValueError, r"mask: expected shape \[2, 3\]"),
+    "boolean weights": (
+        {"token_weights": LABELS.bool()},
+        TypeError,
+        r"token_weights: expected a floating dtype, got \[2, 3\] bool; pass booleans as mask",
+    ),
+    "trained weights": (
+        {"token_weights": torch.ones(2, 3, requires_grad=True)},
+        ValueError,
+        r"token_weights: expected a tensor that does not require grad \(pass .detach\(\)\)",
+    ),
     "shift float": (
         {"labels": LABELS, "shift": 1.0},
         TypeError,
@@ -238,7 +259,11 @@ CASES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         ValueError,
         r"shift: expected .*>= 0, got -1",
     ),
-    "shift without labels": ({"shift": 1}, ValueError, r"shift: expected 0 where labels is None"),
+    "shift without labels": (
+        {"shift": 1},
+        ValueError,
+        r"shift: expected 0 where labels, mask, token_weights are None, got 1",
+    ),
 }
 
 # The same, of inplace=True alone.

@@ -104,7 +104,9 @@ def test_the_tables_of_options_are_those_of_the_code() -> None:
         for name, parameter in inspect.signature(function).parameters.items():
             if parameter.kind is parameter.KEYWORD_ONLY:
                 assert name in written
-                assert name in ("mu", "head", "ties", "alpha") or f"{name}:" in str(function.__doc__)
+                assert name in ("mu", "head", "ties", "alpha") or f"{name}:" in str(
+                    function.__doc__
+                )
 
 
 def test_links_of_the_documents_lead_somewhere() -> None:
