@@ -250,7 +250,7 @@ def reference_divergence(
     total = g.sum(-1, keepdim=True)
     slope = mapped_slope(student, student_softcap, student_logit_scale) / temperature
     grad = (g - q * total) * slope
-    sizes = (g.abs() + q * total.abs()) * slope
+    sizes = (torch.maximum(p, q) + g.abs() + q * total.abs()) * slope
 
     # The softmax of a broken side is NaN in every entry, some of which may be dropped by the other.
     broken = p[:, 0].isnan() | q[:, 0].isnan()

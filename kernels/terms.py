@@ -7,10 +7,9 @@
 log_p and log_q are logarithms to base 2, u is their difference, and x and g are in bits. This
 function is all the device code that a divergence has of its own. Normalisers are rounded: p and q
 are off by factors of the row, of which u is free, so that x has to be proportional to p, and g to
-q, for their sums to be corrected; `ratio` takes a q to the factor of p where one meets the other.
-Phi is in normal form: it
-and its derivative are 0 at p = q, which adding c (p - q) arranges and which changes nothing, as p
-and q have the same sum. An error of a normaliser is then of second order.
+q, for their sums to be corrected; `ratio` q has the factor of p, where one meets the other. Phi is
+in normal form: it and its derivative are 0 at p = q, which adding c (p - q) arranges and which
+changes nothing, as p and q have the same sum. An error of a normaliser is then of second order.
 
 CAREFUL marks the code of edge blocks, which is also that of rows at the ends of the fp32 range:
 there a term holds what would be infinite, and where a side is -inf (log_p or log_q is LOWEST) it
@@ -88,7 +87,7 @@ def skew_reverse_kl_detached(log_p, log_q, u, ratio, a, b, CAREFUL: tl.constexpr
     """The phi of skew_reverse_kl, its mixture m a constant of the backward pass."""
     q = tl.exp2(log_q)
     log_d = _log2(tl.exp2(_log_ratio(u, CAREFUL)) * (1.0 - a) + a)
-    return (tl.exp2(log_p) - q) * ((1.0 - a) * LOG2E), -q * log_d
+    return (tl.exp2(log_p) - ratio * q) * ((1.0 - a) * LOG2E), -q * log_d
 
 
 @triton.jit
@@ -127,14 +126,14 @@ def alpha_beta(log_p, log_q, u, ratio, a, b, CAREFUL: tl.constexpr):
 @triton.jit
 def todi(log_p, log_q, u, ratio, a, b, CAREFUL: tl.constexpr):
     """(p - q) ln(p/q), its KLs weighted by constants of the backward pass: see g"""
-    p = tl.exp2(log_p)
+    p = tl.exp2(log_p) * (1.0 / ratio)  # to the factor of q
     q = tl.exp2(log_q)
     both = p + q
     if CAREFUL:
         both = tl.maximum(both, SMALLEST)
     more = p - q
-    x = more * LOG2E + u * (q * (q * _inverse(both)))
-    return x + u * more, -x
+    less = more * LOG2E + u * (q * (q * _inverse(both)))  # -g
+    return ratio * (less + u * more), -less
 
 
 @triton.jit
@@ -142,7 +141,7 @@ def jeffreys(log_p, log_q, u, ratio, a, b, CAREFUL: tl.constexpr):
     """(p - q) ln(p/q)"""
     p = tl.exp2(log_p)
     q = tl.exp2(log_q)
-    return p * u + (p - q) * LOG2E, (q - p) * LOG2E - q * u
+    return p * u + (p - ratio * q) * LOG2E, (q - (1.0 / ratio) * p) * LOG2E - q * u
 
 
 @triton.jit

@@ -110,12 +110,15 @@ def _nan(output: Any, student: Tensor, options: dict[str, Any]) -> Any:
 def test_check_fails_on_a_wrong_result(
     corrupt: Corrupt, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    right = akl_triton.adaptive_kl
+    right: Any = akl_triton.distillation_loss
 
     def wrong(student: Tensor, *inputs: Tensor, **options: Any) -> Any:
-        return corrupt(right(student, *inputs, **options), student, options)
+        output = right(student, *inputs, **options)
+        if isinstance(options["divergence"], akl_triton.AdaptiveKL):
+            return corrupt(output, student, options)
+        return output
 
-    monkeypatch.setattr(akl_triton, "adaptive_kl", wrong)
+    monkeypatch.setattr(akl_triton, "distillation_loss", wrong)
     monkeypatch.setattr(check, "CASES", [check.Case("small", 1024), check.CASES[-1]])
     assert main(["check", "--device", "cpu"]) == 1
     assert "1 of 2 cases agree" in capsys.readouterr().out
@@ -127,7 +130,7 @@ def test_check_shows_every_verdict_whole(
 ) -> None:
     """In a narrow terminal, too, and whatever the names of the cases are."""
     monkeypatch.setenv("COLUMNS", str(columns))
-    monkeypatch.setattr(akl_triton, "adaptive_kl", _always_nan)
+    monkeypatch.setattr(akl_triton, "distillation_loss", _always_nan)
     longest = max(check.CASES, key=lambda case: len(case.name))
     monkeypatch.setattr(check, "CASES", [check.Case(f"{longest.name}, longer", 1024), longest])
     assert main(["check", "--device", "cpu"]) == 1
@@ -137,7 +140,7 @@ def test_check_shows_every_verdict_whole(
 
 
 def _always_nan(student: Tensor, *inputs: Tensor, **options: Any) -> Any:
-    loss, stats = forward_kl(student, *inputs, reduction="none", return_stats=True)
+    loss, stats = forward_kl(student, inputs[0], reduction="none", return_stats=True)
     loss = loss * torch.nan
     return (loss, stats) if options.get("return_stats") else loss
 
@@ -161,7 +164,7 @@ def test_check_fails_on_a_wrong_fused_gradient(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """In either pass, of either tensor, in either dtype."""
-    right = akl_triton.linear_adaptive_kl
+    right: Any = akl_triton.linear_distillation_loss
 
     def wrong(hidden: Tensor, weight: Tensor, *inputs: Tensor, **options: Any) -> Any:
         output = right(hidden, weight, *inputs, **options)
@@ -170,15 +173,15 @@ def test_check_fails_on_a_wrong_fused_gradient(
             term = term - term.detach()
         return (output[0] + term, output[1]) if isinstance(output, tuple) else output + term
 
-    monkeypatch.setattr(akl_triton, "linear_adaptive_kl", wrong)
-    cases = [case for case in check.CASES if case.name == "fused linear"]
+    monkeypatch.setattr(akl_triton, "linear_distillation_loss", wrong)
+    cases = [case for case in check.CASES if case.linear]
     monkeypatch.setattr(check, "CASES", [*cases, check.CASES[-1]])
     assert main(["check", "--device", "cpu"]) == 1
     assert "1 of 3 cases agree" in capsys.readouterr().out
 
 
 def test_check_fails_on_a_loss_for_ignored_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = akl_triton.adaptive_kl
+    right: Any = akl_triton.distillation_loss
 
     def wrong(student: Tensor, teacher: Tensor, labels: Tensor, **options: Any) -> Any:
         output = right(student, teacher, labels, **options)
@@ -186,7 +189,7 @@ def test_check_fails_on_a_loss_for_ignored_rows(monkeypatch: pytest.MonkeyPatch)
             return output[0] + 1e-30 * (labels == check.IGNORED), output[1]
         return output
 
-    monkeypatch.setattr(akl_triton, "adaptive_kl", wrong)
+    monkeypatch.setattr(akl_triton, "distillation_loss", wrong)
     cases = [case for case in check.CASES if case.name == "all rows ignored"]
     monkeypatch.setattr(check, "CASES", cases)
     assert main(["check", "--device", "cpu"]) == 1

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -221,7 +221,7 @@ def translations(x: float) -> list[Translation]:
     ]
 
 
-def oracle(name: str, numbers: dict[str, float], temperature: float = T) -> tuple[Tensor, Tensor]:
+def oracle(name: str, numbers: dict[str, Any], temperature: float = T) -> tuple[Tensor, Tensor]:
     if name == "mixed_kl":
         mixed = reference_adaptive_kl(
             STUDENT, TEACHER, weight=numbers["alpha"], temperature=temperature

@@ -194,7 +194,8 @@ def test_mapped_logits(maps: str) -> None:
     result = reference_divergence(student, teacher, "skew_kl", alpha=0.2, **options)
 
     def mapped(x: Tensor, side: str) -> Tensor:
-        scale, cap = options.get(f"{side}_logit_scale", 1.0), options.get(f"{side}_softcap")
+        scale: float = options.get(f"{side}_logit_scale", 1.0)
+        cap: float | None = options.get(f"{side}_softcap")
         return scale * x if cap is None else cap * torch.tanh(scale * x / cap)
 
     free = forbid(student, []).masked_fill(student == -INF, 0.0).requires_grad_()
