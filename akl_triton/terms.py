@@ -35,7 +35,9 @@ LARGEST_U = 2.0**127 / _LOG2_E  # of |ln p - ln q|, as the kernels have it: 2^12
 LARGEST_LOG = 2.0**100  # of |ln p| and of |ln q|, which are multiplied by exponents
 INFINITE = 2.0**64  # a term of an entry (1, 0) or (0, 1) this large has no finite limit
 _UNBOUNDED = 2.0**13  # the `rows.room` that is left is then 1
-_LARGEST_POWER_LOG = 100.0 * math.log(2.0)  # of p^a q^b, so that a row of them has a finite sum
+_FAR = 40.0  # where a power too small for fp32 times e^40 is still too small to count
+_LARGEST_PRODUCT_LOG = 120.0 * math.log(2.0)  # of p^a q^b, which is beyond 1 for exponents below 0
+_LARGEST_POWER_LOG = 66.0 * math.log(2.0)  # of p^l and q^l, so that e^40 times them is not infinite
 
 
 def jensen_shannon(
@@ -100,7 +102,8 @@ def alpha_beta(
 ) -> tuple[Tensor, Tensor]:
     """(a p^l + b q^l - l p^a q^b) / (a b l), l = a + b"""
     total = a + b
-    h, g = _power_terms(_exp(log_p * total), _exp(log_q * total), log_p, log_q, u, a, b)
+    powers = [_exp(log * total, _LARGEST_POWER_LOG) for log in (log_p, log_q)]
+    h, g = _power_terms(powers[0], powers[1], log_p, log_q, u, a, b)
     # By Euler, as phi is homogeneous of degree l: l phi = g + h.
     return h.add_(g, alpha=1.0 - total).div_(total), g
 
@@ -188,19 +191,20 @@ def _power_terms(
     p_total: Tensor, q_total: Tensor, log_p: Tensor, log_q: Tensor, u: Tensor, a: float, b: float
 ) -> tuple[Tensor, Tensor]:
     """(h, g) = ((p^l - p^a q^b) / b, (q^l - p^a q^b) / a) from p^l and q^l, l = a + b."""
-    product = _exp(torch.mul(log_p, a).add_(log_q, alpha=b))
+    product = _exp(torch.mul(log_p, a).add_(log_q, alpha=b), _LARGEST_PRODUCT_LOG)
     return _less(p_total, product, u, -b).div_(b), _less(q_total, product, u, a).div_(a)
 
 
 def _less(power: Tensor, product: Tensor, u: Tensor, exponent: float) -> Tensor:
     """power - product, where product = power e^(exponent u).
 
-    The difference would cancel where product is close to power, and the product of factors could
-    overflow or underflow where it is not: so expm1 goes up to e, and the rest is a difference."""
-    beyond = torch.sub(product, power, alpha=math.e).clamp_(min=0.0)
-    return torch.mul(u, exponent).clamp_(max=1.0).expm1_().mul_(power).add_(beyond).neg_()
+    Up to a ratio of e^`_FAR`, the second form is the more accurate, and does not cancel where the
+    ratio is close to 1. Beyond, its factors may overflow and underflow, and the rest of the
+    difference comes from the product."""
+    beyond = torch.sub(product, power, alpha=math.exp(_FAR)).clamp_(min=0.0)
+    return torch.mul(u, exponent).clamp_(max=_FAR).expm1_().mul_(power).add_(beyond).neg_()
 
 
-def _exp(log: Tensor) -> Tensor:
-    """e^log, held at a number of which a row has a finite sum; in place."""
-    return log.clamp_(max=_LARGEST_POWER_LOG).mul_(_LOG2_E).exp2_()
+def _exp(log: Tensor, largest: float) -> Tensor:
+    """e^log, held at e^largest; in place."""
+    return log.clamp_(max=largest).mul_(_LOG2_E).exp2_()

@@ -59,7 +59,7 @@ def members_of_degree(least: float) -> Any:
 
 def oracle(student: Tensor, teacher: Tensor, name: str, numbers: Numbers) -> Any:
     names = {"jensen_shannon": ["beta"], "alpha": ["a"], "alpha_beta": ["a", "b"]}
-    named: dict[str, float] = dict(zip(names.get(name, ["alpha"]), numbers, strict=False))
+    named: dict[str, Any] = dict(zip(names.get(name, ["alpha"]), numbers, strict=False))
     if name.startswith("skew_reverse_kl"):
         named["detach"] = name.endswith("_detached")
         name = "skew_reverse_kl"
