@@ -5,11 +5,11 @@ The name is singular because torch.compile traces no file whose path has ``trito
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
-from .divergences import AdaptiveKL, Rule, TwoKL
+from .divergences import TERMS, AdaptiveKL, Divergence, Rule, SumOfTerms, TwoKL
 from .rows import RowResult
 
 TRITON, TORCH = "triton", "torch"
@@ -75,6 +75,7 @@ class Triton:
 
         divergence = rule.divergence
         head = divergence if isinstance(divergence, AdaptiveKL) else AdaptiveKL()
+        fixed = divergence.fixed_weight if isinstance(divergence, TwoKL) else float("nan")
         launch.forward(
             student,
             teacher,
@@ -85,7 +86,8 @@ class Triton:
             mu=head.mu,
             inclusive=head.head == "inclusive",
             stable=head.ties == "stable",
-            weight=_fixed_weight(rule),
+            weight=fixed,
+            **_terms(divergence),
             gradient=gradient,
             upstream=upstream,
             damped=damped,
@@ -111,7 +113,10 @@ class Triton:
             valid,
             state,
             upstream,
-            reverse=_fixed_weight(rule) != 1.0,
+            reverse=not (
+                isinstance(rule.divergence, TwoKL) and rule.divergence.fixed_weight == 1.0
+            ),
+            **_terms(rule.divergence),
             **_maps(rule),
         )
 
@@ -122,9 +127,23 @@ class Triton:
         launch.rescale(rows, factor)
 
 
-def _fixed_weight(rule: Rule) -> float | None:
-    assert isinstance(rule.divergence, TwoKL)
-    return rule.divergence.fixed_weight
+def _terms(divergence: Divergence) -> dict[str, Any]:
+    """The launchers' arguments of a divergence that is a sum of terms."""
+    if not isinstance(divergence, SumOfTerms):
+        return {}
+    from .kernels import terms
+
+    own = TERMS.get(divergence.name)
+    device_function = getattr(terms, divergence.terms) if own is None else own.triton
+    if device_function is None:
+        raise ValueError(
+            f"backend: expected 'torch', as {divergence.name} was registered without triton="
+        )
+    return {
+        "terms": device_function,
+        "numbers": divergence.numbers,
+        "limits": divergence.limits,
+    }
 
 
 def _maps(rule: Rule) -> dict[str, float | None]:

@@ -10,7 +10,7 @@ import math
 import numbers
 import operator
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -288,10 +288,12 @@ def check_number(
     below: float = math.inf,
     closed: bool = False,
     instead: str = "",
+    without: Mapping[float, str] | None = None,
 ) -> float:
     """A number of fp32 strictly between the bounds, or between and including them.
 
-    `instead` is what the message says to use where it is not."""
+    `instead` is what the message says to use where it is not; `without` are numbers that are
+    refused, each with what to use in its place."""
     # torch.compile knows its own numbers, but not that they are numbers.Real.
     if isinstance(value, bool) or not isinstance(
         value, (int, float, torch.SymInt, torch.SymFloat, numbers.Real)
@@ -305,6 +307,11 @@ def check_number(
         raise ValueError(
             f"{name}: expected a finite number in {brackets[0]}{above:g}, {below:g}{brackets[1]}, "
             f"got {value}{instead and f'; {instead}'}"
+        )
+    if without and number in without:
+        excluded = " or ".join(f"{x:g}" for x in without)
+        raise ValueError(
+            f"{name}: expected a number that is not {excluded}, got {value}; use {without[number]}"
         )
     return float(number)
 

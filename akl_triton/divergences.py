@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Callable, Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
 
@@ -49,10 +50,26 @@ class Divergence:
 
 
 def number(
-    default: float, above: float, below: float, *, closed: bool = False, instead: str = ""
+    default: float,
+    *,
+    above: float = -math.inf,
+    below: float = math.inf,
+    closed: bool = False,
+    instead: str = "",
+    without: Mapping[float, str] | None = None,
 ) -> Any:
-    """A field that is a number between two bounds; `instead` says what to use at or beyond them."""
-    check = partial(checks.check_number, above=above, below=below, closed=closed, instead=instead)
+    """A field that is a number between two bounds.
+
+    `instead` says what to use at or beyond them; `without` are numbers in between that are refused,
+    with what to use in their place."""
+    check = partial(
+        checks.check_number,
+        above=above,
+        below=below,
+        closed=closed,
+        instead=instead,
+        without=without or {},
+    )
     return dataclasses.field(default=default, metadata={"check": check})
 
 
@@ -60,6 +77,11 @@ def choice(default: str, choices: Sequence[str]) -> Any:
     """A field that is one of a few strings."""
     check = partial(checks.check_choice, choices=choices)
     return dataclasses.field(default=default, metadata={"check": check})
+
+
+def flag(default: bool) -> Any:
+    """A field that is True or False."""
+    return dataclasses.field(default=default, metadata={"check": checks.check_flag})
 
 
 class TwoKL(Divergence):
@@ -185,16 +207,286 @@ class MixedKL(TwoKL):
         return self.alpha
 
 
+class SumOfTerms(Divergence):
+    """A loss ``sum_i phi(p_i, q_i)`` of each token: one function of an entry is all of its code.
+
+    Math:
+        With ``g = q dphi/dq`` and ``G = sum_i g_i``, ``dloss/ds_j = (g_j - q_j G) / T``.
+    """
+
+    @property
+    def terms(self) -> str:
+        """The name of its functions of an entry, in kernels/terms.py and in terms.py."""
+        return self.name
+
+    @property
+    def numbers(self) -> tuple[float, ...]:
+        """The fields that are numbers, which those functions are given."""
+        return tuple(self.pack()[1])
+
+    @property
+    def limits(self) -> tuple[bool, bool]:
+        """Whether phi has a finite limit at (p, 0), and at (0, q)."""
+        return True, True
+
+
+@dataclasses.dataclass(frozen=True)
+class JensenShannon(SumOfTerms):
+    """Generalised Jensen-Shannon divergence: both sides against their mixture.
+
+    Math:
+        ``loss = beta KL(p || m) + (1 - beta) KL(q || m)``, ``m = beta p + (1 - beta) q``. It tends
+        to 0 where beta tends to 0 or 1; divided by beta, or by 1 - beta, to a KL divergence.
+
+    Args:
+        beta: in (0, 1), the weight of the teacher in the mixture, as in GKD, TRL and Liger.
+
+    Reference:
+        Agarwal et al., "On-Policy Distillation of Language Models" (GKD), arXiv 2306.13649, eq. 1.
+
+    Example:
+        >>> from akl_triton import JensenShannon
+        >>> JensenShannon(beta=0.1)
+        JensenShannon(beta=0.1)
+    """
+
+    name = "jensen_shannon"
+    beta: float = number(
+        0.5, above=0.0, below=1.0, instead="at 0 and 1 it is 0: use ForwardKL() or ReverseKL()"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class SkewKL(SumOfTerms):
+    """Skew KL divergence: the teacher against a mixture that keeps the ratio bounded.
+
+    Math:
+        ``loss = KL(p || m)``, ``m = alpha p + (1 - alpha) q``.
+
+    Args:
+        alpha: in (0, 1), the weight of the teacher in the mixture.
+
+    Reference:
+        Ko et al., "DistiLLM", arXiv 2402.03898, eq. 3.
+
+    Example:
+        >>> from akl_triton import SkewKL
+        >>> SkewKL()
+        SkewKL(alpha=0.1)
+    """
+
+    name = "skew_kl"
+    alpha: float = number(
+        0.1, above=0.0, below=1.0, instead="at 0 it is ForwardKL(), and at 1 it is 0"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class SkewReverseKL(SumOfTerms):
+    """Skew reverse KL divergence: the student against a mixture that keeps the ratio bounded.
+
+    Math:
+        ``loss = KL(q || m)``, ``m = (1 - alpha) p + alpha q``.
+
+    Args:
+        alpha: in (0, 1), the weight of the student in the mixture.
+        detach: whether m is a constant of the backward pass.
+
+    Reference:
+        Ko et al., "DistiLLM", arXiv 2402.03898; with `detach` "DistiLLM-2", arXiv 2503.07067.
+
+    Example:
+        >>> from akl_triton import SkewReverseKL
+        >>> SkewReverseKL(detach=True)
+        SkewReverseKL(alpha=0.1, detach=True)
+    """
+
+    name = "skew_reverse_kl"
+    alpha: float = number(
+        0.1, above=0.0, below=1.0, instead="at 0 it is ReverseKL(), and at 1 it is 0"
+    )
+    detach: bool = flag(False)
+
+    @property
+    def terms(self) -> str:
+        return f"{self.name}_detached" if self.detach else self.name
+
+
+@dataclasses.dataclass(frozen=True)
+class TotalVariation(SumOfTerms):
+    """Total variation distance, half of the gap: bounded, and blind to ratios.
+
+    Math:
+        ``loss = 1/2 sum_i |p_i - q_i|``.
+
+    Reference:
+        Wen et al., "f-Divergence Minimization for Sequence-Level Knowledge Distillation",
+        arXiv 2307.15190.
+
+    Example:
+        >>> from akl_triton import TotalVariation
+        >>> TotalVariation()
+        TotalVariation()
+    """
+
+    name = "total_variation"
+
+
+@dataclasses.dataclass(frozen=True)
+class Alpha(SumOfTerms):
+    """Alpha divergence: Hellinger (1/2), Pearson's chi squared (2), Tsallis, up to a factor.
+
+    Math:
+        ``loss = (sum_i p_i^a q_i^(1 - a) - 1) / (a (a - 1))``. It tends to the forward KL where a
+        tends to 1, and to the reverse KL where a tends to 0.
+
+    Args:
+        a: any number but 0 and 1. Entries that are -inf are dropped where their limit is infinite:
+            on the student's side for a >= 1, on the teacher's for a <= 0.
+
+    Reference:
+        Amari, "Differential-Geometrical Methods in Statistics", 1985.
+
+    Example:
+        >>> from akl_triton import Alpha
+        >>> Alpha(a=2.0)
+        Alpha(a=2.0)
+    """
+
+    name = "alpha"
+    a: float = number(0.5, without={0.0: "ReverseKL()", 1.0: "ForwardKL()"})
+
+    @property
+    def limits(self) -> tuple[bool, bool]:
+        return self.a < 1.0, self.a > 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class AlphaBeta(SumOfTerms):
+    """Alpha-beta divergence, which shifts mass between hardness and confidence.
+
+    Math:
+        With l = a + b, ``loss = sum_i (a p_i^l + b q_i^l - l p_i^a q_i^b) / (a b l)``. With
+        l = 1 it is `Alpha`.
+
+    Args:
+        a, b: numbers of which neither nor their sum is 0.
+
+    Reference:
+        Wang et al., "ABKD: Pursuing a Proper Allocation of the Probability Mass in Knowledge
+        Distillation via alpha-beta-Divergence", arXiv 2505.04560, eq. 5.
+
+    Example:
+        >>> from akl_triton import AlphaBeta
+        >>> AlphaBeta(a=0.2, b=0.7)
+        AlphaBeta(a=0.2, b=0.7)
+    """
+
+    name = "alpha_beta"
+    a: float = number(0.2, without={0.0: "Alpha() near 0, or ReverseKL() for b = 1"})
+    b: float = number(0.7, without={0.0: "ForwardKL() for a = 1"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.a + self.b == 0.0:
+            raise ValueError(
+                f"b: expected a number whose sum with a is not 0, got a = {self.a}, b = {self.b}"
+            )
+
+    @property
+    def limits(self) -> tuple[bool, bool]:
+        return self.b > 0.0 < self.a + self.b, self.a > 0.0 < self.a + self.b
+
+
+@dataclasses.dataclass(frozen=True)
+class ToDi(SumOfTerms):
+    """Token-wise distillation: forward and reverse KL, weighted per entry by which side is larger.
+
+    Math:
+        ``loss = sum_i (p_i - q_i) (ln p_i - ln q_i)`` in value: ``sum_i v_i p_i u_i - (1 - v_i) q_i
+        u_i`` with v = sigmoid(u) a constant of the backward pass is weighted so that its gradient
+        is ``g = (q - p) - u q^2 / (p + q)``.
+
+    Reference:
+        Jung et al., "ToDi: Token-wise Distillation via Fine-Grained Divergence Control",
+        arXiv 2505.16297.
+
+    Example:
+        >>> from akl_triton import ToDi
+        >>> ToDi()
+        ToDi()
+    """
+
+    name = "todi"
+    limits = (False, False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Jeffreys(SumOfTerms):
+    """Jeffreys divergence: the sum of forward and reverse KL.
+
+    Math:
+        ``loss = sum_i (p_i - q_i) (ln p_i - ln q_i)``, which is forward_kl + reverse_kl.
+
+    Reference:
+        Jeffreys, "An invariant form for the prior probability in estimation problems", 1946.
+
+    Example:
+        >>> from akl_triton import Jeffreys
+        >>> Jeffreys()
+        Jeffreys()
+    """
+
+    name = "jeffreys"
+    limits = (False, False)
+
+
 FAMILY: dict[str, type[Divergence]] = {}
 
 
-def register(kind: type[Divergence]) -> None:
-    """Make a member known by its name."""
+class Terms(NamedTuple):
+    """The functions of an entry that a member of one's own brings."""
+
+    triton: Callable[..., Any] | None
+    torch: Callable[..., Any] | None
+
+
+TERMS: dict[str, Terms] = {}
+
+
+def register(
+    kind: type[Divergence],
+    *,
+    triton: Callable[..., Any] | None = None,
+    torch: Callable[..., Any] | None = None,
+) -> None:
+    """Make a divergence of one's own a member of the family, known by its name.
+
+    Args:
+        kind: a frozen dataclass that derives from `SumOfTerms`, with a class attribute ``name``,
+            whose fields are made by ``number``, ``choice`` or ``flag``.
+        triton: its function of an entry for the kernels, as those of kernels/terms.py, decorated
+            with ``triton.jit``; without it, only the PyTorch backend has the member.
+        torch: the same for the PyTorch backend, as those of terms.py.
+
+    Raises:
+        ValueError: the name is taken by another member.
+    """
+    if FAMILY.get(kind.name, kind) is not kind:
+        raise ValueError(
+            f"kind: expected a name that no other member has, got {kind.name!r} of "
+            f"{checks.type_of(kind)}"
+        )
     kind._checks = {f.name: f.metadata["check"] for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
     FAMILY[kind.name] = kind
+    if triton is not None or torch is not None:
+        TERMS[kind.name] = Terms(triton, torch)
 
 
-for _kind in (AdaptiveKL, ForwardKL, ReverseKL, MixedKL):
+for _kind in (
+    *(AdaptiveKL, ForwardKL, ReverseKL, MixedKL),
+    *(JensenShannon, SkewKL, SkewReverseKL, TotalVariation, Alpha, AlphaBeta, ToDi, Jeffreys),
+):
     register(_kind)
 
 

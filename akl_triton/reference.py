@@ -38,6 +38,7 @@ class ReferenceResult(NamedTuple):
     head: Tensor  # [N, V] bool; for ties="average" float64, k/n in the split group
     loss: Tensor  # [N]
     grad: Tensor  # [N, V_s] dloss/dstudent_logits with w constant
+    terms: Tensor  # [N] the most that an entry of grad is a difference of
 
 
 class DivergenceResult(NamedTuple):
@@ -45,6 +46,7 @@ class DivergenceResult(NamedTuple):
 
     loss: Tensor  # [N]
     grad: Tensor  # [N, V_s] dloss/dstudent_logits
+    terms: Tensor  # [N] the most that an entry of grad is a difference of
 
 
 def reference_adaptive_kl(
@@ -56,18 +58,19 @@ def reference_adaptive_kl(
     head: Head = "exclusive",
     ties: Ties = "stable",
     size: Tensor | None = None,
-    weight: float | None = None,
+    weight: float | Tensor | None = None,
     student_softcap: float | None = None,
     teacher_softcap: float | None = None,
     student_logit_scale: float = 1.0,
     teacher_logit_scale: float = 1.0,
+    dtype: torch.dtype = torch.float64,
 ) -> ReferenceResult:
     """Adaptive KL per row in float64, with its closed-form gradient.
 
     Math:
         p = softmax(t/T), q = softmax(s/T), u = ln p - ln q, K = the tokens finite on both sides
         forward_kl = sum_K p u, reverse_kl = -sum_K q u, gap = sum |p - q| = g_head + g_tail
-        w = g_head / gap (1/2 where gap = 0), or `weight`
+        w = g_head / gap (1/2 where gap = 0), or `weight`, a number or [N]
         The head is that of mu, or its first `size` [N] tokens where that is given.
         loss = w forward_kl + (1 - w) reverse_kl
         T dloss/ds_j = w (P_K q_j - [j in K] p_j)
@@ -79,7 +82,8 @@ def reference_adaptive_kl(
     Shape:
         student_logits [N, V_s], teacher_logits [N, V_t]. What the shorter side lacks is -inf there.
     Dtype:
-        Any floating dtype, also mixed; everything is computed and returned in float64.
+        Any floating dtype, also mixed; everything is computed and returned in `dtype`, in which the
+        same formulas are the yardstick of what that dtype can do.
     A row with NaN or +inf, or all -inf, on either side is NaN throughout.
 
     Reference:
@@ -94,7 +98,7 @@ def reference_adaptive_kl(
     """
     if size is not None and weight is not None:
         raise ValueError("size: expected None with a fixed weight, which has no head, got a tensor")
-    student, teacher = shared_vocabulary(student_logits.detach(), teacher_logits.detach())
+    student, teacher = shared_vocabulary(student_logits.detach(), teacher_logits.detach(), dtype)
     t = mapped_logits(teacher, teacher_softcap, teacher_logit_scale)
     s = mapped_logits(student, student_softcap, student_logit_scale)
     log_p = torch.log_softmax(t / temperature, dim=-1)
@@ -117,13 +121,13 @@ def reference_adaptive_kl(
         g_head = (members * distance).sum(-1)
         head_mass = (members * p).sum(-1)
         # Summed apart from g_head: gap - g_head would cancel.
-        g_tail = ((1.0 - members.double()) * distance).sum(-1)
+        g_tail = ((1.0 - members.to(dtype)) * distance).sum(-1)
         w = torch.where(gap == 0.0, 0.5, g_head / gap)
-        size_of_row = size.double()
+        size_of_row = size.to(dtype)
     else:
         members = torch.zeros_like(p, dtype=torch.bool)
         g_head = g_tail = head_mass = size_of_row = torch.full_like(gap, torch.nan)
-        w = torch.full_like(gap, weight)
+        w = torch.as_tensor(weight, dtype=dtype, device=gap.device).expand_as(gap)
 
     loss = w * forward_kl + (1.0 - w) * reverse_kl
     p_kept = (p * kept).sum(-1, keepdim=True)
@@ -131,7 +135,11 @@ def reference_adaptive_kl(
     of_forward = p_kept * q - p * kept
     of_reverse = q * (kept * (1.0 - u) - reverse_kl[:, None] - q_kept)
     grad = (w[:, None] * of_forward + (1.0 - w[:, None]) * of_reverse) / temperature
-    grad = grad * mapped_slope(student, student_softcap, student_logit_scale)
+    slope = mapped_slope(student, student_softcap, student_logit_scale)
+    grad = grad * slope
+    sizes = w[:, None] * (p + q) + (1.0 - w[:, None]) * q * (
+        1.0 + u.abs() + reverse_kl[:, None].abs()
+    )
 
     # A broken side may hide behind an empty K, whose sums are 0; its softmax is NaN in every entry.
     broken = p[:, 0].isnan() | q[:, 0].isnan()
@@ -151,6 +159,7 @@ def reference_adaptive_kl(
         head=members.masked_fill(broken[:, None], 0),
         loss=nan_where_broken(loss),
         grad=grad.masked_fill(broken[:, None], torch.nan)[:, : student_logits.shape[-1]],
+        terms=nan_where_broken((sizes * slope).amax(-1) / temperature),
     )
 
 
@@ -164,6 +173,7 @@ def reference_divergence(
     teacher_softcap: float | None = None,
     student_logit_scale: float = 1.0,
     teacher_logit_scale: float = 1.0,
+    dtype: torch.dtype = torch.float64,
     **numbers: float,
 ) -> DivergenceResult:
     """A divergence per row in float64, with its closed-form gradient.
@@ -207,7 +217,7 @@ def reference_divergence(
     Shape:
         student_logits [N, V_s], teacher_logits [N, V_t]. What the shorter side lacks is -inf there.
     Dtype:
-        Any floating dtype, also mixed; everything is computed and returned in float64.
+        Any floating dtype, also mixed; everything is computed and returned in `dtype`.
     A row with NaN or +inf, or all -inf, on either side is NaN throughout.
 
     Reference:
@@ -227,7 +237,7 @@ def reference_divergence(
     if divergence not in _DIVERGENCES:
         names = ", ".join(_DIVERGENCES)
         raise ValueError(f"divergence: expected one of {names}, got {divergence!r}")
-    student, teacher = shared_vocabulary(student_logits.detach(), teacher_logits.detach())
+    student, teacher = shared_vocabulary(student_logits.detach(), teacher_logits.detach(), dtype)
     t = mapped_logits(teacher, teacher_softcap, teacher_logit_scale) / temperature
     s = mapped_logits(student, student_softcap, student_logit_scale) / temperature
     p, q = torch.softmax(t, dim=-1), torch.softmax(s, dim=-1)
@@ -237,14 +247,17 @@ def reference_divergence(
     forbidden = (log_p == -torch.inf) | (log_q == -torch.inf)
     dropped = forbidden & ~(phi.isfinite() & g.isfinite())
     phi, g = phi.masked_fill(dropped, 0.0), g.masked_fill(dropped, 0.0)
-    grad = (g - q * g.sum(-1, keepdim=True)) / temperature
-    grad = grad * mapped_slope(student, student_softcap, student_logit_scale)
+    total = g.sum(-1, keepdim=True)
+    slope = mapped_slope(student, student_softcap, student_logit_scale) / temperature
+    grad = (g - q * total) * slope
+    sizes = (g.abs() + q * total.abs()) * slope
 
     # The softmax of a broken side is NaN in every entry, some of which may be dropped by the other.
     broken = p[:, 0].isnan() | q[:, 0].isnan()
     return DivergenceResult(
         loss=phi.sum(-1).masked_fill(broken, torch.nan),
         grad=grad.masked_fill(broken[:, None], torch.nan)[:, : student_logits.shape[-1]],
+        terms=sizes.amax(-1).masked_fill(broken, torch.nan),
     )
 
 
@@ -332,12 +345,14 @@ _DIVERGENCES: dict[str, _Member] = {
 }
 
 
-def shared_vocabulary(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """Both as [N, max(V_s, V_t)] float64; the entries that one side lacks are -inf."""
+def shared_vocabulary(
+    student: Tensor, teacher: Tensor, dtype: torch.dtype = torch.float64
+) -> tuple[Tensor, Tensor]:
+    """Both as [N, max(V_s, V_t)] of `dtype`; the entries that one side lacks are -inf."""
     vocabulary = max(student.shape[-1], teacher.shape[-1])
 
     def pad(x: Tensor) -> Tensor:
-        return F.pad(x.double(), (0, vocabulary - x.shape[-1]), value=-torch.inf)
+        return F.pad(x.to(dtype), (0, vocabulary - x.shape[-1]), value=-torch.inf)
 
     return pad(student), pad(teacher)
 

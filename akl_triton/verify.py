@@ -1,22 +1,41 @@
 """The one rule of what is right, for `akl-triton check`, the tests and the benchmarks.
 
 A head is right if it is the float64 oracle's for some mu' in mu (1 +- MU_SLACK): a cumulative mass
-may equal mu to within rounding, and no computation can be asked to decide better than that. Loss,
-gradient, weight and mass must then be those of the oracle with the head that was taken.
+may equal mu to within rounding, and no computation can be asked to decide better than that. Weight
+and mass must then be those of the oracle with the head that was taken.
+
+Loss and gradient of a row are right if they are no further from the oracle than YARDSTICK times the
+same formulas in fp32, which are the oracle's own code at that dtype, plus an epsilon. The fp32
+gradient is first rounded to the dtype of the student, as it has to be stored.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .reference import Head, ReferenceResult, head_size, mapped_logits, reference_adaptive_kl
+from .divergences import AdaptiveKL, Divergence, TwoKL
+from .reference import (
+    DivergenceResult,
+    Head,
+    ReferenceResult,
+    head_size,
+    mapped_logits,
+    reference_adaptive_kl,
+    reference_divergence,
+)
 
 MU_SLACK = 2e-6
 # Relative error allowed in a sum of fp32 probabilities; the weight's error is this over the gap.
 MASS_ERROR = 4e-6
+YARDSTICK = 2.0
+# What fp32 can lose where the yardstick happens to lose nothing: a few roundings of a probability.
+EPSILON = 1e-6
+# Below this gap the weight of a row is rounding: any is as good as another.
+NO_GAP = 1e-5
 
 
 class TakenHead(NamedTuple):
@@ -107,3 +126,103 @@ def head_faults(
             f"forward_weight is off by {worst:.1f} times a rounding of {mass_error:g}/gap"
         )
     return faults
+
+
+class Exact(NamedTuple):
+    """The oracle of any divergence, and its formulas in fp32; one entry per row."""
+
+    oracle: DivergenceResult  # float64
+    fp32: DivergenceResult
+
+
+def exact(
+    divergence: Divergence,
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    forward_weight: Tensor | None = None,
+    size: Tensor | None = None,
+    gap: Tensor | None = None,
+    **maps: Any,
+) -> Exact:
+    """The loss of logits [N, V_s] and [N, V_t] and its gradient.
+
+    Args:
+        size, forward_weight, gap: of adaptive KL, the statistics of the computation that is
+            compared: w is that of the head it took, or where there is no gap its own.
+        maps: temperature, softcaps and logit scales.
+    """
+    if not isinstance(divergence, TwoKL):
+        numbers = vars(divergence)
+        return Exact(
+            *(
+                reference_divergence(
+                    student, teacher, divergence.name, dtype=dtype, **numbers, **maps
+                )
+                for dtype in (torch.float64, torch.float32)
+            )
+        )
+    weight: float | Tensor | None = divergence.fixed_weight
+    if isinstance(divergence, AdaptiveKL):
+        rule = {"mu": divergence.mu, "head": divergence.head, "ties": divergence.ties, **maps}
+        if size is None or forward_weight is None or gap is None:
+            weight = reference_adaptive_kl(student, teacher, **rule).forward_weight
+        else:
+            weight = at_head(student, teacher, size, **rule).exact.forward_weight
+            weight = torch.where(gap < NO_GAP, forward_weight.double(), weight)
+    results = (
+        reference_adaptive_kl(student, teacher, weight=weight, dtype=dtype, **maps)
+        for dtype in (torch.float64, torch.float32)
+    )
+    return Exact(*(DivergenceResult(r.loss, r.grad, r.terms) for r in results))
+
+
+def faults(
+    loss: Tensor | None,
+    gradient: Tensor | None,
+    of: Exact,
+    *,
+    upstream: Tensor | None = None,
+    roundings: float = 0.5,
+) -> list[str]:
+    """A line for each fault of a loss [N] or a gradient [N, V_s]; none if they are right.
+
+    Args:
+        upstream: [N], by which the gradient was multiplied.
+        roundings: units in the last place by which its dtype rounds: 1 where it truncates.
+    """
+    found = []
+    oracle, fp32 = of
+    if loss is not None:
+        allowed = EPSILON * oracle.loss.abs().clamp(min=1.0)
+        found += _further("loss", loss[:, None], fp32.loss[:, None], oracle.loss[:, None], allowed)
+    if gradient is not None:
+        up = torch.ones(len(gradient)) if upstream is None else upstream.detach().cpu()
+        exact_gradient = oracle.grad * up.double()[:, None]
+        yardstick = (fp32.grad * up.float()[:, None]).to(gradient.dtype)
+        resolution = torch.finfo(gradient.dtype)
+        allowed = roundings * resolution.eps * exact_gradient.abs().amax(1)
+        allowed = allowed + EPSILON * oracle.terms * up.double().abs() + resolution.tiny
+        found += _further("gradient", gradient, yardstick, exact_gradient, allowed)
+    return found
+
+
+def _further(name: str, ours: Tensor, theirs: Tensor, exact: Tensor, epsilon: Tensor) -> list[str]:
+    """In the largest and in the root mean square error of every row; NaN is right where it is."""
+    ours, theirs = ours.detach().cpu().double(), theirs.double()
+    both_nan = ours.isnan() & exact.isnan()
+    ours, theirs, exact = (x.masked_fill(both_nan, 0.0) for x in (ours, theirs, exact))
+    epsilon = epsilon.nan_to_num(0.0)
+    found = []
+    for norm, error in (("largest", math.inf), ("rms", 2.0)):
+        root = ours.shape[1] ** 0.5 if error == 2.0 else 1.0
+        off, yardstick = (
+            torch.linalg.vector_norm(x - exact, error, dim=1) / root for x in (ours, theirs)
+        )
+        wrong = ~(off <= YARDSTICK * yardstick + epsilon)
+        found += [
+            f"row {i}: {norm} error of the {name} {off[i]:.2e}, fp32 {yardstick[i]:.2e} and "
+            f"{epsilon[i]:.1e}"
+            for i in wrong.nonzero().flatten().tolist()[:4]
+        ]
+    return found

@@ -9,6 +9,9 @@ The sums run on logarithms to base 2 that are off by a constant of the row, the 
 (`normalisers`); the constant is put back at the end. A token that is -inf on either side
 counts in the gap and adds nothing to the KL sums. Full blocks do not look for it: it makes a sum
 infinite or NaN, and such a row is swept again with the edge block's code everywhere.
+
+A divergence that is a sum of terms (see terms.py) has sums of its own, of x and g; it makes those
+above only where they are asked for as statistics.
 """
 
 import triton
@@ -17,20 +20,25 @@ import triton.language as tl
 from .arithmetic import LN2, LOWEST, next_above, scaled
 from .blocks import UNROLL, edge_block, edge_count, load_edge, load_full, row_base
 from .statistics import normalisers
+from .terms import careful_terms, log_ratio
 
-SUMS = tl.constexpr(7)  # of `_add_terms`
+SUMS = tl.constexpr(9)  # of `_add_terms`
 
 
 @triton.jit
 def _add_terms(
     sums, t, p, q, u, ratio, crossing,
     least,  # logits from here on belong to the head in this block
+    x, g,  # of the terms
     HAS_HEAD: tl.constexpr, STABLE: tl.constexpr,
-    FORWARD: tl.constexpr, REVERSE: tl.constexpr, STATS: tl.constexpr,
+    FORWARD: tl.constexpr, REVERSE: tl.constexpr, STATS: tl.constexpr, TERMS: tl.constexpr,
 ):  # fmt: skip
     """Add a block to the sums of p u, q u and |p - q|, of |p - q| over the head and over the ties,
-    and to the counts of both."""
-    forward, reverse, gap, head, ties, head_count, tie_count = sums
+    to the counts of both, and to the sums of a divergence's terms."""
+    forward, reverse, gap, head, ties, head_count, tie_count, sum_x, sum_g = sums
+    if TERMS is not None:
+        sum_x += x
+        sum_g += g
     if FORWARD:
         forward += p * u
     if REVERSE:
@@ -45,7 +53,7 @@ def _add_terms(
         if not STABLE:
             ties += tl.where(t == crossing, distance, 0.0)
             tie_count += (t == crossing).to(tl.float32)
-    return forward, reverse, gap, head, ties, head_count, tie_count
+    return forward, reverse, gap, head, ties, head_count, tie_count, sum_x, sum_g
 
 
 @triton.jit
@@ -55,14 +63,16 @@ def row_divergence(
     reference_t, z_t, reference_s, z_s, full_end,  # of the statistics
     crossing, taken, cut,  # of the boundary
     forward_weight,  # w where there is no head
+    a, b, keep_p, keep_q,  # of the terms: their numbers, and whether an entry of one side counts
     HAS_HEAD: tl.constexpr, STABLE: tl.constexpr,
     FORWARD: tl.constexpr, REVERSE: tl.constexpr, STATS: tl.constexpr,
+    TERMS: tl.constexpr, ONE_SCALE: tl.constexpr,  # of `log_ratio`
     S_ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """(forward_kl, reverse_kl, w, gap, head_size, kept_p, kept_q, full_end)
+    """(forward_kl, reverse_kl, w, gap, head_size, kept_p, kept_q, total_x, total_g, full_end)
 
     kept_p and kept_q are the masses of the tokens that are finite on both sides, and blocks
-    1 .. full_end-1 hold no others."""
+    1 .. full_end-1 hold no others. total_x and total_g are the sums of the terms, in bits."""
     columns = tl.arange(0, BLOCK)
     lse_t, lse_s, factor_t, factor_s, shift = normalisers(reference_t, z_t, reference_s, z_s)
     ratio = tl.exp2(-shift)
@@ -78,6 +88,8 @@ def row_divergence(
     size = 0.0
     dropped_p = 0.0
     dropped_q = 0.0
+    total_x = 0.0
+    total_g = 0.0
     sweeps = 2
     while sweeps > 0:
         sums = ()
@@ -100,9 +112,14 @@ def row_divergence(
                 log_q = scaled(s, scale_s, gain_s, lse_s)
                 p = tl.exp2(log_p)
                 q = tl.exp2(log_q)
+                u = log_p - log_q
+                x, g = p, q
+                if TERMS is not None:
+                    exact_u = log_ratio(t, s, log_p, log_q, scale_t, lse_t, lse_s, shift, ONE_SCALE)
+                    x, g = TERMS(log_p, log_q, exact_u, ratio, a, b, False)
                 sums = _add_terms(
-                    sums, t, p, q, log_p - log_q, ratio, crossing, least,
-                    HAS_HEAD, STABLE, FORWARD, REVERSE, STATS,
+                    sums, t, p, q, u, ratio, crossing, least, x, g,
+                    HAS_HEAD, STABLE, FORWARD, REVERSE, STATS, TERMS,
                 )  # fmt: skip
         base_t = row_base(t_row, lead, end_t, gain_t, full_end, BLOCK)
         base_s = row_base(s_row, lead, end_s, gain_s, full_end, BLOCK)
@@ -117,21 +134,27 @@ def row_divergence(
             q = tl.exp2(log_q)
             kept = (t > float("-inf")) & (s > float("-inf"))
             u = tl.where(kept, tl.maximum(log_p, LOWEST) - tl.maximum(log_q, LOWEST), 0.0)
+            x, g = p, q
+            if TERMS is not None:
+                x, g = careful_terms(t, s, log_p, log_q, shift, ratio, a, b, keep_p, keep_q, TERMS)
             lost_p += tl.where(kept, 0.0, p)
             lost_q += tl.where(kept, 0.0, q)
             least = tl.where((block + 1) * BLOCK <= cut, crossing, above_crossing)
             sums = _add_terms(
-                sums, t, p, q, u, ratio, crossing, least,
-                HAS_HEAD, STABLE, FORWARD, REVERSE, STATS,
+                sums, t, p, q, u, ratio, crossing, least, x, g,
+                HAS_HEAD, STABLE, FORWARD, REVERSE, STATS, TERMS,
             )  # fmt: skip
         totals = ()
         for i in tl.static_range(SUMS):
             totals = totals + (tl.sum(sums[i], axis=0),)
-        forward_kl, reverse_kl, gap, g_head, g_ties, size, ties = totals
+        forward_kl, reverse_kl, gap, g_head, g_ties, size, ties, total_x, total_g = totals
         dropped_p = tl.sum(lost_p, axis=0)
         dropped_q = tl.sum(lost_q, axis=0)
         sweeps -= 1
-        if tl.abs(forward_kl) + tl.abs(reverse_kl) < float("inf"):
+        magnitude = tl.abs(forward_kl) + tl.abs(reverse_kl)
+        if TERMS is not None:
+            magnitude += tl.abs(total_x) + tl.abs(total_g)
+        if magnitude < float("inf"):
             sweeps = 0
         elif sweeps > 0:
             full_end = tl.minimum(full_end, 1)
@@ -163,4 +186,9 @@ def row_divergence(
     # The sweep's u lacks the shift. LN2 first: a sum next to the largest number stays finite.
     forward_kl = LN2 * factor_t * forward_kl + LN2 * shift * kept_p
     reverse_kl = -(LN2 * factor_s * reverse_kl + LN2 * shift * kept_q)
-    return forward_kl, reverse_kl, forward_weight, factor_t * gap, size, kept_p, kept_q, full_end
+    total_x *= factor_t
+    total_g *= factor_s
+    return (
+        forward_kl, reverse_kl, forward_weight, factor_t * gap, size, kept_p, kept_q,
+        total_x, total_g, full_end,
+    )  # fmt: skip

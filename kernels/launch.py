@@ -6,6 +6,7 @@ Nothing of size [N, V] is allocated here: outputs come from the caller.
 import contextlib
 import functools
 import os
+from collections.abc import Callable
 
 import torch
 import triton
@@ -30,6 +31,9 @@ def forward(
     inclusive: bool,
     stable: bool,
     weight: float | None,  # None: adaptive
+    terms: Callable | None = None,  # of terms.py, in the place of the weighted KLs
+    numbers: tuple[float, ...] = (),  # of the terms, at most two
+    limits: tuple[bool, bool] = (True, True),  # whether the terms have one at (p, 0), at (0, q)
     student_softcap: float | None = None,  # logit = softcap tanh(logit_scale x / softcap)
     teacher_softcap: float | None = None,
     student_logit_scale: float = 1.0,
@@ -58,17 +62,18 @@ def forward(
             **maps,
             mu=mu,
             forward_weight=0.0 if weight is None else weight,
-            HAS_HEAD=weight is None,
+            **_of_terms(terms, numbers, limits, maps),
+            HAS_HEAD=weight is None and terms is None,
             INCLUSIVE=inclusive,
             STABLE=stable,
-            FORWARD=weight != 0.0 or stats is not None,
-            REVERSE=weight != 1.0 or stats is not None,
+            FORWARD=(terms is None and weight != 0.0) or stats is not None,
+            REVERSE=(terms is None and weight != 1.0) or stats is not None,
             STATS=stats is not None,
             HAS_MASK=valid is not None,
             HAS_GRADIENT=gradient is not None,
             DAMPED=damped,
             **_addressing(student, teacher, student if gradient is None else gradient),
-            **_registers("adaptive" if weight is None else "fixed weight"),
+            **_registers("terms" if terms else "adaptive" if weight is None else "fixed weight"),
         )
 
 
@@ -82,6 +87,9 @@ def backward(
     *,
     temperature: float,
     reverse: bool,  # False where w is 1
+    terms: Callable | None = None,  # as in `forward`
+    numbers: tuple[float, ...] = (),
+    limits: tuple[bool, bool] = (True, True),
     student_softcap: float | None = None,
     teacher_softcap: float | None = None,
     student_logit_scale: float = 1.0,
@@ -103,10 +111,17 @@ def backward(
             upstream_ptr=upstream,
             stride_upstream=upstream.stride(0),
             **maps,
+            **_of_terms(terms, numbers, limits, maps),
             REVERSE=reverse,
             HAS_MASK=valid is not None,
             **_addressing(student, teacher, gradient),
-            **_registers("gradient" if softcap is None else "gradient with a softcap"),
+            **_registers(
+                "gradient of terms"
+                if terms
+                else "gradient"
+                if softcap is None
+                else "gradient with a softcap"
+            ),
         )
 
 
@@ -139,6 +154,20 @@ def _maps(
         arguments[f"scale_{side}"] = _fp32(LOG2E * (softcap or logit_scale) / temperature)
         arguments[f"gain_{side}"] = None if softcap is None else _fp32(logit_scale / softcap)
     return arguments
+
+
+def _of_terms(terms, numbers, limits, maps) -> dict:
+    """Arguments of a divergence that is a sum of terms; its function is compiled, no number is."""
+    capped = maps["gain_t"] is not None or maps["gain_s"] is not None
+    a, b = (*numbers, 0.0, 0.0)[:2]
+    return {
+        "a": float(a),
+        "b": float(b),
+        "keep_p": int(limits[0]),
+        "keep_q": int(limits[1]),
+        "TERMS": terms,
+        "ONE_SCALE": terms is not None and not capped and maps["scale_t"] == maps["scale_s"],
+    }
 
 
 def _fp32(number: float) -> float:

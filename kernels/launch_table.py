@@ -20,7 +20,14 @@ TABLE: tuple[tuple[float, Launch], ...] = (
 # Registers a thread may have, on NVIDIA: 2, 3, 5, 4 blocks of 8 warps on an SM, and no spills but
 # with a softcap a few outside the loops. Left to itself, ptxas takes 170 and one block, or spills
 # some to reach more blocks than are asked for.
-REGISTERS = {"adaptive": 128, "fixed weight": 80, "gradient": 48, "gradient with a softcap": 64}
+REGISTERS = {
+    "adaptive": 128,
+    "fixed weight": 80,
+    "terms": 80,
+    "gradient": 48,
+    "gradient with a softcap": 64,
+    "gradient of terms": 56,
+}
 
 # What AKL_AUTOTUNE=1 chooses from.
 CANDIDATES: tuple[Launch, ...] = tuple(

@@ -12,11 +12,12 @@ import triton
 import triton.language as tl
 
 from . import layout
+from .arithmetic import LN2
 from .blocks import row_offset, row_pointer
 from .divergence import row_divergence
-from .gradient import damping, gradient_coefficients, row_gradient
+from .gradient import damping, gradient_coefficients, row_gradient, row_gradient_of_terms
 from .head import head_boundary
-from .statistics import row_statistics
+from .statistics import normalisers, row_statistics
 
 STATE_WIDTH = tl.constexpr(layout.STATE_WIDTH)
 STATS_WIDTH = tl.constexpr(len(layout.STATISTICS))
@@ -39,13 +40,17 @@ def forward_kernel(
     rate,  # logit_scale / T of the student
     mu,
     forward_weight,  # w where there is no head
+    a, b, keep_p, keep_q,  # of the terms
     HAS_HEAD: tl.constexpr, INCLUSIVE: tl.constexpr, STABLE: tl.constexpr,
     FORWARD: tl.constexpr, REVERSE: tl.constexpr, STATS: tl.constexpr,
+    TERMS: tl.constexpr,  # a function of terms.py, or None for the two KLs
+    ONE_SCALE: tl.constexpr,  # of `log_ratio`
     HAS_MASK: tl.constexpr, HAS_GRADIENT: tl.constexpr, DAMPED: tl.constexpr,
     HAS_LEAD: tl.constexpr, S_ALIGNED: tl.constexpr, DS_ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """loss = w KL(p || q) + (1 - w) KL(q || p) of one row, w = g_head / gap or given."""
+    """loss = w KL(p || q) + (1 - w) KL(q || p) of one row, w = g_head / gap or given; or the sum
+    of its TERMS."""
     row = tl.program_id(0).to(tl.int64)
     offset_t = row_offset(row, inner, outer_t, inner_t)
     lead = 0
@@ -69,17 +74,22 @@ def forward_kernel(
                 t_row, lead, end_t, scale_t, gain_t, reference_t, z_t, slots, hidden, full_end, mu,
                 INCLUSIVE, STABLE, BLOCK,
             )  # fmt: skip
-        forward_kl, reverse_kl, w, gap, size, kept_p, kept_q, full_end = row_divergence(
+        (
+            forward_kl, reverse_kl, w, gap, size, kept_p, kept_q, total_x, total_g, full_end,
+        ) = row_divergence(
             t_row, s_row, lead, end_t, end_s, scale_t, gain_t, scale_s, gain_s,
             reference_t, z_t, reference_s, z_s, full_end,
-            crossing, taken, cut, forward_weight,
-            HAS_HEAD, STABLE, FORWARD, REVERSE, STATS, S_ALIGNED, BLOCK,
+            crossing, taken, cut, forward_weight, a, b, keep_p, keep_q,
+            HAS_HEAD, STABLE, FORWARD, REVERSE, STATS, TERMS, ONE_SCALE, S_ALIGNED, BLOCK,
         )  # fmt: skip
         loss = 0.0
-        if FORWARD & (w != 0.0):
-            loss += w * forward_kl
-        if REVERSE & (w != 1.0):
-            loss += (1.0 - w) * reverse_kl
+        if TERMS is not None:
+            loss = (total_x + total_g) * LN2
+        else:
+            if FORWARD & (w != 0.0):
+                loss += w * forward_kl
+            if REVERSE & (w != 1.0):
+                loss += (1.0 - w) * reverse_kl
         tl.store(loss_ptr + row, loss)
         if STATS:
             stats = stats_ptr + row * STATS_WIDTH
@@ -90,29 +100,33 @@ def forward_kernel(
             tl.store(stats + 3, mass + taken * tie_mass + nothing)
             tl.store(stats + 4, size + nothing)
             tl.store(stats + 5, gap)
-        lse_t, lse_s, slope, offset, teacher, lost = gradient_coefficients(
-            reference_t, z_t, reference_s, z_s, w, reverse_kl, kept_p, kept_q, rate
-        )
+        if TERMS is not None:
+            lse_t, lse_s, _, factor_s, shift = normalisers(reference_t, z_t, reference_s, z_s)
+            c2, c3, c4, c5 = shift, factor_s * LN2 * rate, total_g, 0.0
+        else:
+            lse_t, lse_s, c2, c3, c4, c5 = gradient_coefficients(
+                reference_t, z_t, reference_s, z_s, w, reverse_kl, kept_p, kept_q, rate
+            )
         if HAS_GRADIENT:
-            g = tl.load(upstream_ptr + row * stride_upstream)
+            upstream = tl.load(upstream_ptr + row * stride_upstream)
             if DAMPED:
-                g /= damping(loss)
-            row_gradient(
-                row_pointer(
-                    ds_ptr, row_offset(row, inner, outer_ds, inner_ds), lead, DS_ALIGNED
-                ),
-                t_row, s_row, lead, end_t, end_s, scale_t, gain_t, scale_s, gain_s, full_end,
-                lse_t, lse_s, g * slope, g * offset, g * teacher, g * lost,
-                REVERSE, S_ALIGNED, BLOCK,
+                upstream /= damping(loss)
+            ds_row = row_pointer(
+                ds_ptr, row_offset(row, inner, outer_ds, inner_ds), lead, DS_ALIGNED
+            )
+            _write_gradient(
+                ds_row, t_row, s_row, lead, end_t, end_s, scale_t, gain_t, scale_s, gain_s,
+                full_end, upstream, lse_t, lse_s, c2, c3, c4, c5, a, b, keep_p, keep_q,
+                REVERSE, TERMS, ONE_SCALE, S_ALIGNED, BLOCK,
             )  # fmt: skip
         else:
             state = state_ptr + row * STATE_WIDTH
             tl.store(state + 0, lse_t)
             tl.store(state + 1, lse_s)
-            tl.store(state + 2, slope)
-            tl.store(state + 3, offset)
-            tl.store(state + 4, teacher)
-            tl.store(state + 5, lost)
+            tl.store(state + 2, c2)
+            tl.store(state + 3, c3)
+            tl.store(state + 4, c4)
+            tl.store(state + 5, c5)
             tl.store(state + 6, full_end.to(tl.float32))
             tl.store(state + 7, BLOCK)
     else:
@@ -139,7 +153,9 @@ def backward_kernel(
     stride_upstream,
     inner, V_s, V_t, base_lead,
     scale_t, gain_t, scale_s, gain_s,  # of `scaled`
-    REVERSE: tl.constexpr, HAS_MASK: tl.constexpr,
+    a, b, keep_p, keep_q,  # of the terms
+    REVERSE: tl.constexpr, TERMS: tl.constexpr, ONE_SCALE: tl.constexpr,
+    HAS_MASK: tl.constexpr,
     HAS_LEAD: tl.constexpr, S_ALIGNED: tl.constexpr, DS_ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -153,7 +169,7 @@ def backward_kernel(
     if HAS_MASK:
         valid = tl.load(valid_ptr + row) != 0
     if valid:
-        g = tl.load(upstream_ptr + row * stride_upstream)
+        upstream = tl.load(upstream_ptr + row * stride_upstream)
         state = state_ptr + row * STATE_WIDTH
         # The forward found its own blocks finite, which may have been narrower; if they were wider,
         # several of these lie in its block 0, where anything may stand.
@@ -161,17 +177,41 @@ def backward_kernel(
         forward_end = tl.load(state + 6).to(tl.int32)
         full_end = tl.where(forward_block <= BLOCK, forward_end * forward_block // BLOCK, 1)
         full_end = tl.where(forward_end == 0, 0, tl.maximum(full_end, 1))
-        row_gradient(
+        _write_gradient(
             row_pointer(ds_ptr, row_offset(row, inner, outer_ds, inner_ds), lead, DS_ALIGNED),
             row_pointer(t_ptr, offset_t, lead, True),
             row_pointer(s_ptr, row_offset(row, inner, outer_s, inner_s), lead, S_ALIGNED),
-            lead, lead + V_t, lead + V_s, scale_t, gain_t, scale_s, gain_s, full_end,
-            tl.load(state + 0), tl.load(state + 1), g * tl.load(state + 2),
-            g * tl.load(state + 3), g * tl.load(state + 4), g * tl.load(state + 5),
-            REVERSE, S_ALIGNED, BLOCK,
+            lead, lead + V_t, lead + V_s, scale_t, gain_t, scale_s, gain_s, full_end, upstream,
+            tl.load(state + 0), tl.load(state + 1), tl.load(state + 2), tl.load(state + 3),
+            tl.load(state + 4), tl.load(state + 5), a, b, keep_p, keep_q,
+            REVERSE, TERMS, ONE_SCALE, S_ALIGNED, BLOCK,
         )  # fmt: skip
     else:
         _zero_row(ds_ptr + row_offset(row, inner, outer_ds, inner_ds), V_s, BLOCK)
+
+
+@triton.jit
+def _write_gradient(
+    ds_row, t_row, s_row, lead, end_t, end_s, scale_t, gain_t, scale_s, gain_s, full_end,
+    upstream, lse_t, lse_s,
+    c2, c3, c4, c5,  # of the state: slope, offset, teacher, lost; of terms shift, rate, G
+    a, b, keep_p, keep_q,
+    REVERSE: tl.constexpr, TERMS: tl.constexpr, ONE_SCALE: tl.constexpr,
+    S_ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The last stage, of either kind of divergence."""
+    if TERMS is not None:
+        row_gradient_of_terms(
+            ds_row, t_row, s_row, lead, end_t, end_s, scale_t, gain_t, scale_s, gain_s, full_end,
+            lse_t, lse_s, c2, upstream * c3, c4, a, b, keep_p, keep_q,
+            TERMS, ONE_SCALE, S_ALIGNED, BLOCK,
+        )  # fmt: skip
+    else:
+        row_gradient(
+            ds_row, t_row, s_row, lead, end_t, end_s, scale_t, gain_t, scale_s, gain_s, full_end,
+            lse_t, lse_s, upstream * c2, upstream * c3, upstream * c4, upstream * c5,
+            REVERSE, S_ALIGNED, BLOCK,
+        )  # fmt: skip
 
 
 @triton.jit

@@ -14,7 +14,7 @@ from torch import Tensor
 from akl_triton.reference import DivergenceResult, reference_adaptive_kl, reference_divergence
 
 INF = math.inf
-Numbers = dict[str, float]
+Numbers = dict[str, Any]
 MEMBERS: list[tuple[str, Numbers]] = [
     ("jensen_shannon", {"beta": 0.5}),
     ("jensen_shannon", {"beta": 0.1}),
@@ -101,7 +101,8 @@ def naive(log_p: Tensor, log_q: Tensor, name: str, n: Numbers) -> Tensor:
         phi = v * p * u - (1.0 - v) * q * u
     else:
         phi = p * u - q * u
-    return phi.sum(-1)
+    total: Tensor = phi.sum(-1)
+    return total
 
 
 class _ClosedForm(torch.autograd.Function):
@@ -173,7 +174,7 @@ def test_loss_and_gradient(name: str, numbers: Numbers, temperature: float) -> N
         assert torch.autograd.gradcheck(closed_form, student)
 
 
-MAPS = {
+MAPS: dict[str, dict[str, Any]] = {
     "softcaps": {"student_softcap": 3.0, "teacher_softcap": 5.0},
     "scales": {"student_logit_scale": 0.5, "teacher_logit_scale": 2.0},
     "both": {
@@ -226,7 +227,7 @@ def assert_same(ours: DivergenceResult, expected: Any, atol: float = 1e-13) -> N
 
 
 def scaled(result: Any, factor: float) -> DivergenceResult:
-    return DivergenceResult(factor * result.loss, factor * result.grad)
+    return DivergenceResult(*(factor * x for x in (result.loss, result.grad, result.terms)))
 
 
 def kl(student: Tensor, teacher: Tensor, *, forward: float) -> Any:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -33,3 +36,20 @@ def test_commits_are_checked_by_the_tools_of_the_makefile() -> None:
     assert len(entries) == 3
     for entry in entries:
         assert entry.replace(".venv/bin/", "$(BIN)/") in makefile
+
+
+def test_nox_lists_the_sessions_that_contributing_names() -> None:
+    pytest.importorskip("nox")
+    command = [sys.executable, "-m", "nox", "--list"]
+    result = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT)
+    sessions = set(re.findall(r"^[*-] ([a-z]+)", result.stdout, flags=re.MULTILINE))
+    assert sessions == {"tests", "oldest", "latest", "lint", "types"}
+    contributing = (ROOT / "CONTRIBUTING.md").read_text("utf-8")
+    assert all(f"`{session}`" in contributing for session in sessions)
+
+
+@pytest.mark.parametrize("name", ["torch", "triton"])
+def test_the_oldest_session_has_the_oldest_versions(name: str) -> None:
+    found = re.search(rf'"{name}>=([\d.]+)', (ROOT / "pyproject.toml").read_text("utf-8"))
+    assert found is not None
+    assert f'"{name}=={found[1]}.0"' in (ROOT / "noxfile.py").read_text("utf-8")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import akl_triton
+from akl_triton.divergences import FAMILY, SumOfTerms
 
 Loss = Callable[..., Any]
 
@@ -13,6 +15,14 @@ LOSSES: dict[str, Loss] = {
     "adaptive_kl": akl_triton.adaptive_kl,
     "forward_kl": akl_triton.forward_kl,
     "reverse_kl": akl_triton.reverse_kl,
+    **{
+        name: functools.partial(akl_triton.distillation_loss, divergence=name)
+        for name, kind in FAMILY.items()
+        if issubclass(kind, SumOfTerms)
+    },
+    "skew_reverse_kl, detached": functools.partial(
+        akl_triton.distillation_loss, divergence=akl_triton.SkewReverseKL(detach=True)
+    ),
 }
 # What a call may ask for besides, which makes other kernels of the same loss.
 OPTIONS: dict[str, dict[str, Any]] = {

@@ -12,12 +12,13 @@ CUT = "cut"
 # A loop of a peer that gives loss and gradient.
 DIVERGENCE_AND_GRADIENT = "divergence and gradient"
 
-# The device function of a stage, and the logits that it reads per position.
+# The device functions of a stage, of which a kernel has one, and the logits that it reads per
+# position.
 FUNCTIONS = {
-    STATISTICS: "row_statistics",
-    BOUNDARY: "head_boundary",
-    DIVERGENCE: "row_divergence",
-    GRADIENT: "row_gradient",
+    STATISTICS: ("row_statistics",),
+    BOUNDARY: ("head_boundary",),
+    DIVERGENCE: ("row_divergence",),
+    GRADIENT: ("row_gradient", "row_gradient_of_terms"),
 }
 READS = {STATISTICS: 2, BOUNDARY: 1, DIVERGENCE: 2, GRADIENT: 2}
 # These sweep a row as often as its logits ask for, or never; the others sweep it once.

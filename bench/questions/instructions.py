@@ -172,10 +172,10 @@ def kernel_costs(
 def _our_cost(name: str, launch: RecordedLaunch, dtype: str) -> KernelCost:
     code = _analysed(launch.compiled.hash, launch)
     per_thread = code.elements_per_thread(_block(launch))
-    by_function = code.loops_by_function(list(FUNCTIONS.values()))
+    by_function = code.loops_by_function([f for some in FUNCTIONS.values() for f in some])
     costs: dict[str, list[StageCost]] = {}
-    for stage, function in FUNCTIONS.items():
-        for loop in by_function[function]:
+    for stage, functions in FUNCTIONS.items():
+        for loop in (loop for function in functions for loop in by_function[function]):
             has_exps = loop.body.special.get("ex2", 0) > 0
             if loop.body.bytes_loaded and (has_exps or stage == BOUNDARY):
                 part = stage if has_exps else CUT
@@ -187,7 +187,7 @@ def _our_cost(name: str, launch: RecordedLaunch, dtype: str) -> KernelCost:
         min(of_part, key=lambda cost: (cost.barriers, cost.per_position))
         for of_part in costs.values()
     ]
-    missing = [FUNCTIONS[stage] for stage in SWEEPS[name] if stage not in costs]
+    missing = [" or ".join(FUNCTIONS[stage]) for stage in SWEEPS[name] if stage not in costs]
     if missing:
         raise ValueError(f"{launch.name}: no loop of {', '.join(missing)}")
     return _cost(name, launch, code, stages)

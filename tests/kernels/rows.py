@@ -1,9 +1,4 @@
-"""Rows of logits of every kind that the kernels must get right, and the yardstick for right.
-
-A result is right if it is no further from the float64 oracle than the same computation in PyTorch's
-fp32, its gradient rounded to the dtype of the student, plus an epsilon; and if its head is the
-oracle's by the rule of akl_triton.verify.
-"""
+"""Rows of logits of every kind that the kernels must get right, and launches of them."""
 
 from __future__ import annotations
 
@@ -12,9 +7,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from akl_triton.divergences import AdaptiveKL, Head, MixedKL, Ties
 from akl_triton.kernels import launch
-from akl_triton.reference import Head, Ties, mapped_logits, reference_adaptive_kl
-from akl_triton.verify import at_head, head_faults
+from akl_triton.kernels.layout import STATISTICS
+from akl_triton.reference import reference_adaptive_kl
+from akl_triton.verify import EPSILON, YARDSTICK, exact, faults, head_faults
 from tests.kernels.conftest import INTERPRETER
 
 KINDS = (
@@ -30,8 +27,6 @@ KINDS = (
     # large arguments are for those.
     *(() if INTERPRETER else ("large", "late maximum")),
 )
-# What fp32 can lose where PyTorch happens to lose nothing: a few roundings of a probability.
-EPSILON = 1e-6
 
 
 def make_rows(
@@ -134,115 +129,43 @@ def assert_right(
     *,
     upstream: Tensor | None = None,
     mu: float = 0.5,
-    temperature: float = 1.0,
     head: Head = "exclusive",
     ties: Ties = "stable",
     weight: float | None = None,
     **maps: Any,
 ) -> None:
-    """Loss, statistics and gradient against the oracle, by the rule above."""
+    """Loss, statistics and gradient against the oracle, by the rules of akl_triton.verify."""
     loss, stats, gradient = (x.cpu() for x in output)
     student, teacher = student.cpu(), teacher.cpu()
+    claims = dict(zip(STATISTICS, stats.unbind(1), strict=True))
+    divergence = MixedKL(weight) if weight is not None else AdaptiveKL(mu, head, ties)
     if weight is None:
-        rule: dict[str, Any] = {"mu": mu, "temperature": temperature, "head": head, "ties": ties}
-        rule |= maps
-        faults = head_faults(
-            student,
-            teacher,
-            head_size=stats[:, 4],
-            head_mass=stats[:, 3],
-            forward_weight=stats[:, 2],
-            **rule,
-        )
-        assert not faults, faults
-        w = at_head(student, teacher, stats[:, 4], **rule).exact.forward_weight
-        # Where p and q differ by no more than rounding, any weight is as good; ours is the test's.
-        w = torch.where(stats[:, 5] < 1e-5, stats[:, 2].double(), w)
+        of_head = {name: claims[name] for name in ("head_size", "head_mass", "forward_weight")}
+        rule: dict[str, Any] = {"mu": mu, "head": head, "ties": ties, **maps}
+        assert_none(head_faults(student, teacher, **of_head, **rule))
     else:
-        w = torch.full((len(loss),), weight, dtype=torch.float64)
-        assert torch.equal(stats[:, 2], w.float())
-    forward, reverse = (
-        reference_adaptive_kl(student, teacher, temperature=temperature, weight=fixed, **maps)
-        for fixed in (1.0, 0.0)
+        assert torch.equal(claims["forward_weight"], torch.full_like(loss, weight))
+    of = exact(
+        divergence,
+        student,
+        teacher,
+        size=claims["head_size"],
+        forward_weight=claims["forward_weight"],
+        gap=claims["gap"],
+        **maps,
     )
-    exact_loss = w * forward.forward_kl + (1 - w) * forward.reverse_kl
-    exact_gradient = w[:, None] * forward.grad + (1 - w[:, None]) * reverse.grad
-    torch_loss, torch_gradient, p, q = _in_fp32(student, teacher, temperature, w.float(), **maps)
-
-    scale = torch.ones(len(loss)) if upstream is None else upstream.cpu()
-    exact_gradient = exact_gradient * scale[:, None]
-    torch_gradient = (torch_gradient * scale[:, None]).to(student.dtype)
-    magnitude = exact_loss.abs().clamp(min=1.0)
-    _assert_no_further("loss", loss[:, None], torch_loss[:, None], exact_loss, EPSILON * magnitude)
-    for name, column, exact in (
-        ("forward_kl", 0, forward.forward_kl),
-        ("reverse_kl", 1, forward.reverse_kl),
-        ("gap", 5, forward.gap),
-    ):
-        allowed = EPSILON * exact.abs().clamp(min=1.0)
-        off = (stats[:, column] - exact).abs()
-        # The sums of a row of large logits are as exact as the loss they make.
-        allowed = allowed + 2 * (torch_loss - exact_loss).abs()
-        assert (off <= allowed).all(), f"{name}: {_rows(off > allowed)} off by {off.max():.1e}"
-    # One rounding to the gradient's dtype, and a few of the two terms that may cancel.
-    terms = torch.maximum(p, q).amax(1).double() * (1 + forward.reverse_kl) / temperature
-    terms = terms * maps.get("student_logit_scale", 1.0)
     # (The interpreter truncates to bf16 where hardware rounds.)
     roundings = 1.0 if INTERPRETER else 0.5
-    rounding = roundings * torch.finfo(student.dtype).eps * exact_gradient.abs().amax(1)
-    allowed = rounding + EPSILON * terms * scale.abs() + torch.finfo(student.dtype).tiny
-    _assert_no_further("gradient", gradient, torch_gradient, exact_gradient, allowed)
+    assert_none(faults(loss, gradient, of, upstream=upstream, roundings=roundings))
+    sums = reference_adaptive_kl(student, teacher, weight=0.5, **maps)
+    # The sums of a row of large logits are as exact as the loss they make.
+    of_loss = YARDSTICK * (of.fp32.loss - of.oracle.loss).abs()
+    for name in ("forward_kl", "reverse_kl", "gap"):
+        correct = getattr(sums, name)
+        off = (claims[name] - correct).abs()
+        allowed = EPSILON * correct.abs().clamp(min=1.0) + of_loss
+        assert (off <= allowed).all(), f"{name} is off by {off.tolist()}"
 
 
-def _assert_no_further(
-    name: str, ours: Tensor, theirs: Tensor, exact: Tensor, epsilon: Tensor
-) -> None:
-    """Maximal and RMS error of every row: ours within twice PyTorch's, plus epsilon [N]."""
-    exact = exact.reshape(ours.shape)
-    for measure, size in (
-        ("max", lambda e: e.abs().amax(1)),
-        ("rms", lambda e: e.square().mean(1).sqrt()),
-    ):
-        off, allowed = size(ours.double() - exact), 2 * size(theirs.double() - exact) + epsilon
-        wrong = ~(off <= allowed)
-        assert not wrong.any(), (
-            f"{name}, {measure} error: {_rows(wrong)}: {off[wrong].tolist()}, "
-            f"allowed {allowed[wrong].tolist()}"
-        )
-
-
-def _rows(wrong: Tensor) -> str:
-    rows = wrong.nonzero().flatten().tolist()
-    return "rows " + ", ".join(
-        f"{i} ({KINDS[i]})" if len(wrong) == len(KINDS) else str(i) for i in rows
-    )
-
-
-def _in_fp32(
-    student: Tensor,
-    teacher: Tensor,
-    temperature: float,
-    w: Tensor,
-    student_softcap: float | None = None,
-    teacher_softcap: float | None = None,
-    student_logit_scale: float = 1.0,
-    teacher_logit_scale: float = 1.0,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The computation in PyTorch: (loss [N], gradient [N, V_s], p, q), all fp32."""
-    s = student.detach().float().clone().requires_grad_()
-    v = max(s.shape[1], teacher.shape[1])
-
-    def padded(x: Tensor) -> Tensor:
-        return torch.nn.functional.pad(x, (0, v - x.shape[1]), value=-torch.inf) / temperature
-
-    t = mapped_logits(teacher.float(), teacher_softcap, teacher_logit_scale)
-    log_p = torch.log_softmax(padded(t), dim=-1)
-    log_q = torch.log_softmax(
-        padded(mapped_logits(s, student_softcap, student_logit_scale)), dim=-1
-    )
-    kept = log_p.isfinite() & log_q.isfinite()
-    p, q = log_p.exp(), log_q.exp()
-    u = torch.where(kept, log_p, 0.0) - torch.where(kept, log_q, 0.0)
-    loss = w * (p * u).sum(-1) - (1 - w) * (q * u).sum(-1)
-    (gradient,) = torch.autograd.grad(loss.sum(), s)
-    return loss.detach(), gradient, p.detach(), q.detach()
+def assert_none(found: list[str]) -> None:
+    assert not found, "\n".join(found) + f"\nkinds: {', '.join(KINDS)}"

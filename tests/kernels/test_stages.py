@@ -55,10 +55,10 @@ def divergence_kernel(
     reference_t, z_t, reference_s, z_s, crossing, k, cut,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    forward_kl, reverse_kl, w, gap, size, kept_p, kept_q, full_end = row_divergence(
+    forward_kl, reverse_kl, w, gap, size, kept_p, kept_q, _, _, full_end = row_divergence(
         t_ptr, s_ptr, 0, V, V, scale, None, scale, None,
         reference_t, z_t, reference_s, z_s, V // BLOCK, crossing, k, cut,
-        0.0, True, True, True, True, True, True, BLOCK,
+        0.0, 0.0, 0.0, 0, 0, True, True, True, True, True, None, False, True, BLOCK,
     )  # fmt: skip
     tl.store(out_ptr + 0, forward_kl)
     tl.store(out_ptr + 1, reverse_kl)

