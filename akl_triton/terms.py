@@ -12,15 +12,14 @@ every u alike, is then of second order.
 u = ln p - ln q is given because it is exact where the two are close. All five are finite. Where a
 logit is -inf, its probability is 0, its logarithm is `-LARGEST_LOG`, and u is `LARGEST_U` if it is
 the student's, -`LARGEST_U` if it is the teacher's. There terms must have the limit of phi and g if
-it is finite, and numbers above `INFINITE` if it is not: see `infinite_limits`.
+it is finite; the caller drops the entry if it is not.
 
-No function changes what it is given, and none branches: on a CPU, `torch.where` costs as much as
-several exponentials.
+A function returns new tensors and does not change what it is given. None branches: on a CPU,
+`torch.where` costs as much as several exponentials.
 """
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import TypeAlias
@@ -33,7 +32,6 @@ Terms: TypeAlias = Callable[..., tuple[Tensor, Tensor]]
 _LOG2_E = math.log2(math.e)
 LARGEST_U = 2.0**127 / _LOG2_E  # of |ln p - ln q|, as the kernels have it: 2^127 bits
 LARGEST_LOG = 2.0**100  # of |ln p| and of |ln q|, which are multiplied by exponents
-INFINITE = 2.0**64  # a term of an entry (1, 0) or (0, 1) this large has no finite limit
 _UNBOUNDED = 2.0**13  # the `rows.room` that is left is then 1
 _FAR = 40.0  # where a power too small for fp32 times e^40 is still too small to count
 _LARGEST_PRODUCT_LOG = 120.0 * math.log(2.0)  # of p^a q^b, which is beyond 1 for exponents below 0
@@ -138,22 +136,6 @@ TERMS: dict[str, Terms] = {
         jeffreys,
     )
 }
-
-
-@functools.lru_cache(maxsize=64)
-def infinite_limits(terms: Terms, numbers: tuple[float, ...]) -> tuple[bool, bool]:
-    """Whether phi is infinite at (p, 0) and at (0, q): what `terms` says of (1, 0) and (0, 1)."""
-
-    def infinite(p: float, q: float) -> bool:
-        logs = (0.0 if mass else -LARGEST_LOG for mass in (p, q))
-        entry = (
-            torch.full((1, 1), x, dtype=torch.float32, device="cpu")
-            for x in (p, q, *logs, LARGEST_U * (p - q))
-        )
-        x, g = terms(*entry, *numbers)
-        return not float(x.abs() + g.abs()) < INFINITE
-
-    return infinite(1.0, 0.0), infinite(0.0, 1.0)
 
 
 def steepness(name: str, numbers: Sequence[float], vocabulary: int) -> float:
