@@ -1,4 +1,4 @@
-"""Adaptive KL in plain PyTorch: the backend for CPU, MPS and wherever Triton is not.
+"""The family in plain PyTorch: the backend for CPU, MPS and wherever Triton is not.
 
 Rows are taken a few at a time through a handful of fp32 work spaces that stay in the cache, so
 nothing of the logits' size is ever allocated. On a CPU nothing is sorted but a sample of each row
@@ -6,21 +6,25 @@ and the few tokens around the head's boundary: see `_narrow`; and a thread takes
 no two threads ever wait for each other: see `workers`.
 
 Every result is the same for any number of threads, and finite where the logits are. What would not
-be finite in fp32 is held: |ln p - ln q| at `_HELD`, a gradient at the largest number.
+be finite in fp32 is held: |ln p - ln q| at `LARGEST_U`, a gradient at the largest number.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple, TypeAlias
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from . import workers
-from .divergences import AdaptiveKL, Rule, TwoKL
+from . import terms, workers
+from .divergences import TERMS, AdaptiveKL, Rule, SumOfTerms, TwoKL
+from .kernels.layout import STATE_WIDTH
 from .rows import LogitMap, RowResult, blocks, damping
+from .terms import LARGEST_LOG, LARGEST_U
 
 # Budget for the temporaries of a call; at least one row is taken.
 TEMPORARY_BYTES = 64 * 2**20
@@ -32,7 +36,6 @@ _SAMPLE = 256  # tokens that stand for a row when the head's last logit is guess
 _LOG2_E = math.log2(math.e)
 _LARGEST = torch.finfo(torch.bfloat16).max  # finite in every dtype of that range
 _SMALLEST = torch.finfo(torch.float32).tiny
-_HELD = 2.0**127 / _LOG2_E  # of |ln p - ln q|, as the kernels have it: 2^127 bits
 _HUGE = 2.0**100  # sums this large, in logits or in nats, are taken with care
 _STEEP = 2.0**20  # and everything where a unit of the logits is this many nats
 
@@ -45,7 +48,9 @@ class _Chunk(NamedTuple):
     d: Tensor  # [R, V] (t - max t) - (s - max s), of the logits that the maps give
     p: Tensor  # [R, V_t] exp((t - max t) / T)
     q: Tensor  # [R, V_s] exp((s - max s) / T)
-    spare: Tensor  # [3, R, max(V_s, V_t)] free for use
+    x: Tensor  # [R, V_t] t - max t, of which d takes the place where the loss is of the two KLs
+    y: Tensor  # [R, V_s] s - max s, in spare[0]
+    spare: Tensor  # [3, R, max(V_s, V_t)] free for use, but for spare[1] where d is there
 
 
 class _Slope(NamedTuple):
@@ -58,6 +63,15 @@ class _Slope(NamedTuple):
     a_dropped: Tensor
     b: Tensor
     careful: Tensor  # 1 where d is in nats, held, and 0 where a side is -inf: see `_nats`
+
+
+class _TermsSlope(NamedTuple):
+    """Row constants of dloss/dstudent = rate (g - q total), where the loss is a sum of terms."""
+
+    z_t: Tensor  # each [R, 1] fp32: the sums of the chunk's p and q
+    z_s: Tensor
+    total: Tensor  # sum of g
+    careful: Tensor  # 1 where entries are held, and those at -inf are told apart
 
 
 class _RowStats(NamedTuple):
@@ -84,7 +98,8 @@ def forward(
 ) -> None:
     """`backend.Backend.forward`, where logits may also be [N, V].
 
-    With a fixed weight there is no head: head_mass and head_size are then NaN."""
+    With a fixed weight there is no head: head_mass and head_size are then NaN. A sum of terms has
+    no weight either."""
     student, teacher, rule = _merged(student), _merged(teacher), _rescaled(rule)
     by_row = None if gradient is None else _merged(gradient)
     with_stats = len(result.stats) > 0
@@ -93,18 +108,28 @@ def forward(
         s, t = _take(student, rows), _take(teacher, rows)
         max_t, max_s = t.amax(-1, keepdim=True).float(), s.amax(-1, keepdim=True).float()
         chunk = _exponentials(s, t, max_t, max_s, rule, spaces)
-        stats, slope, kept = _divergence(chunk, s, t, max_t, rule)
-        w = stats.forward_weight
-        loss = w * stats.forward_kl + (1.0 - w) * stats.reverse_kl
+        constants: tuple[Tensor, ...]
+        if isinstance(rule.divergence, TwoKL):
+            stats, slope, kept = _divergence(chunk, s, t, max_t, rule)
+            w = stats.forward_weight
+            loss = w * stats.forward_kl + (1.0 - w) * stats.reverse_kl
+            constants, of_student = slope, partial(_gradient, chunk, slope, kept, s, rule)
+        else:
+            entries, loss, terms_slope, g = _terms_divergence(chunk, s, t, rule)
+            if with_stats:
+                stats = _terms_stats(entries, loss)
+            constants = terms_slope
+            of_student = partial(_terms_gradient, chunk, terms_slope, g, s, rule)
         result.loss[rows] = loss.squeeze(-1)
-        result.state[rows] = torch.cat((max_t, max_s, *slope), dim=-1)
+        state = torch.cat((max_t, max_s, *constants), dim=-1)
+        result.state[rows] = F.pad(state, (0, STATE_WIDTH - state.shape[-1]))
         if with_stats:
             result.stats[rows] = torch.cat(stats, dim=-1)
         if upstream is not None and by_row is not None:
-            g = upstream[rows]
+            scale = upstream[rows]
             if damped:
-                g = g / damping(loss.squeeze(-1))
-            _write_gradient(chunk, slope, kept, g, s, rule, by_row, rows)
+                scale = scale / damping(loss.squeeze(-1))
+            _write(of_student(), scale, by_row, rows)
 
     _for_each_chunk(work, student, teacher, valid)
     for rows_of in (result.loss, result.state, *((result.stats,) if with_stats else ())):
@@ -129,12 +154,20 @@ def backward(
     def work(rows: _Rows, spaces: Tensor) -> None:
         s, t = _take(student, rows), _take(teacher, rows)
         max_t, max_s, *constants = state[rows, :, None].unbind(1)
-        slope = _Slope(*constants)
         chunk = _exponentials(s, t, max_t, max_s, rule, spaces)
-        kept = None
-        if not _sync_is_free(student) or slope.careful.any():
-            kept = _nats(chunk.d, s, t, rule.temperature)
-        _write_gradient(chunk, slope, kept, upstream[rows], s, rule, by_row, rows)
+        if isinstance(rule.divergence, TwoKL):
+            slope = _Slope(*constants)
+            kept = None
+            if _any(slope.careful):
+                kept = _nats(chunk.d, s, t, rule.temperature)
+            of_student = _gradient(chunk, slope, kept, s, rule)
+        else:
+            terms_slope = _TermsSlope(*constants[: len(_TermsSlope._fields)])
+            z_t, z_s, _, careful = terms_slope
+            entries = _entries(chunk, s, t, z_t, z_s, rule, _any(careful))
+            _, g = _sums(entries, s.shape[-1], rule)
+            of_student = _terms_gradient(chunk, terms_slope, g, s, rule)
+        _write(of_student, upstream[rows], by_row, rows)
 
     _for_each_chunk(work, student, teacher, valid)
     _clear_invalid(by_row, valid)
@@ -273,14 +306,15 @@ def _exponentials(
     rows, v_t, v_s = teacher.shape[0], teacher.shape[-1], student.shape[-1]
     x, p = spaces[:2, :rows, :v_t]
     q, y = spaces[2:4, :rows, :v_s]
+    spare, shared = spaces[3:, :rows], min(v_t, v_s)
     _below_maximum(teacher, max_t, rule.teacher_map, out=x)
     _below_maximum(student, max_s, rule.student_map, out=y)
     # exp2 is vectorised everywhere, exp only at half its speed.
     torch.mul(x, _LOG2_E / rule.temperature, out=p).exp2_()
     torch.mul(y, _LOG2_E / rule.temperature, out=q).exp2_()
-    shared = min(v_t, v_s)
-    d = x[:, :shared].sub_(y[:, :shared])
-    return _Chunk(d, p, q, spare=spaces[3:, :rows])
+    d = (x if isinstance(rule.divergence, TwoKL) else spare[1])[:, :shared]
+    torch.sub(x[:, :shared], y[:, :shared], out=d)
+    return _Chunk(d, p, q, x, y, spare)
 
 
 def _below_maximum(x: Tensor, maximum: Tensor, logit_map: LogitMap, out: Tensor) -> None:
@@ -311,13 +345,13 @@ def _gain(logit_map: LogitMap) -> float:
 
 
 def _nats(d: Tensor, student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """d over T, held within `_HELD`, and 0 where a side is -inf; gives 0 there, 1 elsewhere."""
+    """d over T, held within `LARGEST_U`, and 0 where a side is -inf; gives 0 there, 1 elsewhere."""
     shared = d.shape[-1]
     kept = torch.gt(teacher[:, :shared], -torch.inf, out=torch.empty_like(d))
     kept.mul_(student[:, :shared] > -torch.inf)
     # Where both sides are too far below their maximum for fp32, d is NaN, and p and q are 0.
-    d.div_(temperature).nan_to_num_(nan=0.0, posinf=_HELD, neginf=-_HELD)
-    d.clamp_(-_HELD, _HELD).mul_(kept)
+    d.div_(temperature).nan_to_num_(nan=0.0, posinf=LARGEST_U, neginf=-LARGEST_U)
+    d.clamp_(-LARGEST_U, LARGEST_U).mul_(kept)
     return kept
 
 
@@ -325,7 +359,7 @@ def _divergence(
     chunk: _Chunk, student: Tensor, teacher: Tensor, max_t: Tensor, rule: Rule
 ) -> tuple[_RowStats, _Slope, Tensor | None]:
     """Statistics of R rows, what their gradient needs, and which entries of d are kept."""
-    d, p, q, spare = chunk
+    d, p, q, _, _, spare = chunk
     distance = spare[0, :, : p.shape[-1]]
     shared, temperature = d.shape[-1], rule.temperature
     p_shared, q_shared = p[:, :shared], q[:, :shared]
@@ -386,22 +420,14 @@ def _divergence(
     return stats, slope, kept
 
 
-def _write_gradient(
-    chunk: _Chunk,
-    slope: _Slope,
-    kept: Tensor | None,
-    upstream: Tensor,
-    student: Tensor,
-    rule: Rule,
-    out: Tensor,
-    rows: _Rows,
-) -> None:
-    """The rows of out [outer, inner, V_s] = upstream * dloss/dstudent. Uses up the chunk."""
+def _gradient(
+    chunk: _Chunk, slope: _Slope, kept: Tensor | None, student: Tensor, rule: Rule
+) -> Tensor:
+    """dloss/dstudent [R, V_s] of the two KLs. Uses up the chunk."""
     d, p, q = chunk.d, chunk.p[:, : chunk.d.shape[-1]], chunk.q
     shared = d.shape[-1]
-    if rule.student_map.softcap is not None:  # 1 - tanh^2; the scale is in the rate
-        chain = chunk.spare[2, :, : q.shape[-1]]
-        chain.copy_(student).mul_(_gain(rule.student_map)).tanh_().square_().neg_().add_(1.0)
+    if rule.student_map.softcap is not None:
+        chain = _chain(student, rule.student_map, out=chunk.spare[2, :, : q.shape[-1]])
         q.mul_(chain)
         p.mul_(chain[:, :shared])
     # Both addends of k are of the size of their difference, which is 0 where q is 1.
@@ -413,12 +439,24 @@ def _write_gradient(
         factor = kept.mul_(slope.a - slope.a_dropped).add_(slope.a_dropped)
     q[:, :shared].mul_(factor).add_(d).sub_(p.mul_(slope.b))
     q[:, shared:].mul_(slope.a_dropped)
-    gradient = q
+    return _at_rate(q, rule, held=kept is not None)
+
+
+def _chain(student: Tensor, student_map: LogitMap, out: Tensor) -> Tensor:
+    """1 - tanh^2, the derivative of a capped logit; its scale is in the rate."""
+    return out.copy_(student).mul_(_gain(student_map)).tanh_().square_().neg_().add_(1.0)
+
+
+def _at_rate(gradient: Tensor, rule: Rule, *, held: bool) -> Tensor:
+    """The derivative by a logit as the model gives it, of one by nats; in place."""
     rate = _rate(rule)
     if rate != 1.0:
         gradient.mul_(rate)
-    if kept is not None:
-        gradient.clamp_(-_LARGEST, _LARGEST)
+    return gradient.clamp_(-_LARGEST, _LARGEST) if held else gradient
+
+
+def _write(gradient: Tensor, upstream: Tensor, out: Tensor, rows: _Rows) -> None:
+    """The rows of out [outer, inner, V_s] = upstream * gradient. Uses up the gradient."""
     view = _view(out, rows)
     if view is None:
         out[_places(out, rows)] = gradient.mul_(upstream.float()[:, None]).to(out.dtype)
@@ -429,6 +467,146 @@ def _write_gradient(
 def _rate(rule: Rule) -> float:
     """Nats that a unit of the student's logits is worth, where they are not capped."""
     return min(rule.rate, _LARGEST)
+
+
+class _Entries(NamedTuple):
+    """What the terms of R rows are made of, for a run of the vocabulary; fp32."""
+
+    p: Tensor  # each [R, W]
+    q: Tensor
+    log_p: Tensor
+    log_q: Tensor
+    u: Tensor  # ln p - ln q
+    no_student: Tensor | None  # bool, where the student's logit is -inf; None: nowhere
+    no_teacher: Tensor | None
+
+
+def _terms_divergence(
+    chunk: _Chunk, student: Tensor, teacher: Tensor, rule: Rule
+) -> tuple[list[_Entries], Tensor, _TermsSlope, Tensor]:
+    """The entries of R rows, their loss [R, 1], what their gradient needs, and g [R, V_s]."""
+    z_t, z_s = chunk.p.sum(-1, keepdim=True), chunk.q.sum(-1, keepdim=True)
+    entries = _entries(chunk, student, teacher, z_t, z_s, rule)
+    x, g = _sums(entries, student.shape[-1], rule)
+    total = g.sum(-1, keepdim=True)
+    # A broken side may hide behind entries that are dropped because of the other.
+    broken = (z_t + z_s).isnan()
+    loss = (x + total).nan_to_num(_LARGEST, _LARGEST, -_LARGEST).masked_fill(broken, torch.nan)
+    total = total.nan_to_num(0.0, _LARGEST, -_LARGEST).masked_fill(broken, torch.nan)
+    careful = entries[0].no_student is not None or not bool((loss < _HUGE).all())
+    slope = _TermsSlope(z_t, z_s, total, torch.full_like(loss, careful))
+    return entries, loss, slope, g
+
+
+def _entries(
+    chunk: _Chunk,
+    student: Tensor,
+    teacher: Tensor,
+    z_t: Tensor,
+    z_s: Tensor,
+    rule: Rule,
+    careful: bool | None = None,
+) -> list[_Entries]:
+    """The entries of R rows that both sides have, then those that one has alone, if any.
+
+    `careful` says whether a logit may be -inf or beyond what is held; None: to be found out. They
+    take the place of the chunk, whose p and q become probabilities."""
+    per_logit, shared = 1.0 / rule.temperature, chunk.d.shape[-1]
+    p, q = chunk.p.div_(z_t), chunk.q.div_(z_s)
+    # From the quotient, u stays accurate where p is close to q.
+    u = torch.add((z_s / z_t).log(), chunk.d, alpha=per_logit, out=chunk.d)
+    log_p, log_q = chunk.x, chunk.y
+    for log, z in ((log_p, z_t), (log_q, z_s)):
+        torch.add(-z.log(), log, alpha=per_logit, out=log)
+    if careful is None:
+        careful = (
+            not _sync_is_free(u)
+            or _rate(rule) > _STEEP
+            or not bool((torch.linalg.vector_norm(u, dim=-1) < _HUGE).all())
+        )
+    no_student = no_teacher = None
+    if careful:
+        no_student, no_teacher = (x[:, :shared] == -torch.inf for x in (student, teacher))
+        # Where both sides are too far below their maximum for fp32, u is NaN, and p and q are 0.
+        u.nan_to_num_(nan=0.0, posinf=LARGEST_U, neginf=-LARGEST_U).clamp_(-LARGEST_U, LARGEST_U)
+        u.masked_fill_(no_student, LARGEST_U).masked_fill_(no_teacher, -LARGEST_U)
+        u.masked_fill_(no_student & no_teacher, 0.0)
+    if careful or p.shape[-1] != q.shape[-1]:
+        for log in (log_p, log_q):
+            log.clamp_(min=-LARGEST_LOG)
+    p_both, q_both = p[:, :shared], q[:, :shared]
+    logs = log_p[:, :shared], log_q[:, :shared]
+    entries = [_Entries(p_both, q_both, *logs, u, no_student, no_teacher)]
+    for mass, log, logits in ((p, log_p, teacher), (q, log_q, student)):
+        if mass.shape[-1] > shared:
+            alone = [x[:, shared:] for x in (mass, log, logits)]
+            entries.append(_one_sided(*alone, of_teacher=mass is p))
+    return entries
+
+
+def _one_sided(mass: Tensor, log: Tensor, logits: Tensor, *, of_teacher: bool) -> _Entries:
+    """Entries that only one side has."""
+    forbidden = logits == -torch.inf
+    no_mass, no_log = torch.zeros_like(mass), torch.full_like(mass, -LARGEST_LOG)
+    u = torch.full_like(mass, LARGEST_U if of_teacher else -LARGEST_U).masked_fill_(forbidden, 0.0)
+    nowhere = torch.ones_like(forbidden)
+    if of_teacher:
+        return _Entries(mass, no_mass, log, no_log, u, nowhere, forbidden)
+    return _Entries(no_mass, mass, no_log, log, u, forbidden, nowhere)
+
+
+def _sums(entries: list[_Entries], v_s: int, rule: Rule) -> tuple[Tensor, Tensor]:
+    """(sum of x [R, 1], g [R, V_s]), where entries whose limit is infinite are dropped."""
+    divergence = rule.divergence
+    assert isinstance(divergence, SumOfTerms)
+    own = TERMS.get(divergence.name)
+    function = terms.TERMS[divergence.terms] if own is None else own.torch
+    if function is None:
+        raise ValueError(
+            f"backend: expected 'triton', as {divergence.name} was registered without torch="
+        )
+    parts = []
+    for *given, no_student, no_teacher in entries:
+        x, g = function(*given, *divergence.numbers)
+        for mask, finite in zip((no_student, no_teacher), divergence.limits, strict=True):
+            if not finite and mask is not None:
+                x, g = x.masked_fill(mask, 0.0), g.masked_fill(mask, 0.0)
+        parts.append((x.sum(-1, keepdim=True), g))
+    of_x, of_g = zip(*parts, strict=True)
+    # Of the entries that the teacher has alone, g is 0.
+    g = of_g[0] if of_g[0].shape[-1] == v_s else torch.cat(of_g, dim=-1)
+    return torch.cat(of_x, dim=-1).sum(-1, keepdim=True), g
+
+
+def _terms_stats(entries: list[_Entries], loss: Tensor) -> _RowStats:
+    """The statistics that need neither a head nor a weight; the others are NaN."""
+    forward_kl, reverse_kl, gap = (torch.zeros_like(loss) for _ in range(3))
+    for p, q, _, _, u, no_student, no_teacher in entries:
+        for mask in (no_student, no_teacher):
+            if mask is not None:
+                u = u.masked_fill(mask, 0.0)
+        forward_kl += (p * u).sum(-1, keepdim=True)
+        reverse_kl -= (q * u).sum(-1, keepdim=True)
+        gap += (p - q).abs_().sum(-1, keepdim=True)
+    for x in (forward_kl, reverse_kl, gap):
+        x.masked_fill_(loss.isnan(), torch.nan)
+    nan = torch.full_like(gap, torch.nan)
+    return _RowStats(forward_kl, reverse_kl, nan, nan, nan, gap)
+
+
+def _terms_gradient(
+    chunk: _Chunk, slope: _TermsSlope, g: Tensor, student: Tensor, rule: Rule
+) -> Tensor:
+    """dloss/dstudent [R, V_s] of a sum of terms, in place of g."""
+    g.addcmul_(chunk.q, slope.total, value=-1.0)
+    if rule.student_map.softcap is not None:
+        g.mul_(_chain(student, rule.student_map, out=chunk.spare[2, :, : g.shape[-1]]))
+    return _at_rate(g, rule, held=_any(slope.careful))
+
+
+def _any(careful: Tensor) -> bool:
+    """Whether any row asks for care; where a look would stall, all rows are taken with care."""
+    return not _sync_is_free(careful) or bool(careful.any())
 
 
 def _head(
