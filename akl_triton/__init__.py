@@ -23,6 +23,7 @@ from .linear_losses import (
     linear_adaptive_kl,
     linear_distillation_loss,
     linear_forward_kl,
+    linear_jensen_shannon,
     linear_mixed_kl,
     linear_reverse_kl,
 )
@@ -31,6 +32,7 @@ from .losses import (
     adaptive_kl,
     distillation_loss,
     forward_kl,
+    jensen_shannon,
     mixed_kl,
     reverse_kl,
 )
@@ -61,9 +63,11 @@ __all__ = [
     "distillation_loss",
     "divergence",
     "forward_kl",
+    "jensen_shannon",
     "linear_adaptive_kl",
     "linear_distillation_loss",
     "linear_forward_kl",
+    "linear_jensen_shannon",
     "linear_mixed_kl",
     "linear_reverse_kl",
     "mixed_kl",

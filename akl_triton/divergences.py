@@ -48,6 +48,16 @@ class Divergence:
                 numbers.append(value)
         return " ".join(words), numbers
 
+    @property
+    def steepness(self) -> float:
+        """A number c for which ``|dloss/ds_j| <= c (2 + loss) / T`` in every row.
+
+        Phi in normal form is never negative, so that no phi_j is above the loss. Where c = 1, every
+        g_j lies between -2 max(p_j - q_j, 0) and phi_j + 2 max(q_j - p_j, 0); of the sum of either
+        maximum, at most 1 - q_j belongs to entries other than j. (The skew KLs and Jensen-Shannon
+        are bounded as KLs are, see `rows.damping`: their mixture only shrinks g.)"""
+        return 1.0
+
 
 def number(
     default: float,
@@ -360,6 +370,10 @@ class Alpha(SumOfTerms):
     def limits(self) -> tuple[bool, bool]:
         return self.a < 1.0, self.a > 0.0
 
+    @property
+    def steepness(self) -> float:
+        return _steepness_of_powers(self.a, 1.0 - self.a)
+
 
 @dataclasses.dataclass(frozen=True)
 class AlphaBeta(SumOfTerms):
@@ -396,6 +410,32 @@ class AlphaBeta(SumOfTerms):
     @property
     def limits(self) -> tuple[bool, bool]:
         return self.b > 0.0 < self.a + self.b, self.a > 0.0 < self.a + self.b
+
+    @property
+    def steepness(self) -> float:
+        return _steepness_of_powers(self.a, self.b)
+
+
+# The widest vocabulary for which `steepness` holds.
+WIDEST = 2.0**20
+# Where there is no bound: with it `rows.room` is 1, and a gradient in fp16 no larger than it is.
+UNBOUNDED = 2.0**13
+
+
+def _steepness_of_powers(a: float, b: float) -> float:
+    """`SumOfTerms.steepness` of the alpha-beta divergence.
+
+    With l = a + b, g = b phi - D with D = (p^l - q^l) / l. If l >= 1, |D| <= |p - q|. If 0 < l < 1,
+    D^2 <= 2 k phi max(p, q)^l, and by Cauchy and Schwarz the |D_i| sum to no more than
+    sqrt(4 k W loss), where W = V^(1-l) is the most that the p_i^l sum to. With l < 0 there is no
+    bound."""
+    total = a + b
+    if total < 0.0:
+        return UNBOUNDED
+    if total >= 1.0:
+        return max(1.0, abs(b))
+    k = max(1.0, max(abs(a), abs(b)) / (2.0 * total))
+    return abs(b) + math.sqrt(k) * (0.5 + math.sqrt(0.5 * WIDEST ** (1.0 - total)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -554,6 +594,11 @@ class Rule(NamedTuple):
     def rate(self) -> float:
         """The most that the derivative of a scaled logit is, by the student's own."""
         return self.student_map.scale / self.temperature
+
+    @property
+    def bound(self) -> float:
+        """A number for which the gradient of a row is at most that times (2 + |loss|)."""
+        return self.rate * self.divergence.steepness
 
     def pack(self) -> tuple[Any, ...]:
         """The operators' arguments of RULE_SCHEMA, which `unpack` reads."""

@@ -327,8 +327,9 @@ def _below_maximum(x: Tensor, maximum: Tensor, logit_map: LogitMap, out: Tensor)
         if scale != power:
             out.mul_(scale / power)
         return
-    out.copy_(x).mul_(_gain(logit_map)).tanh_().mul_(softcap).sub_(_mapped(maximum, logit_map))
-    out.masked_fill_(x == -torch.inf, -torch.inf)
+    out.copy_(x).mul_(_gain(logit_map)).tanh_().mul_(softcap)
+    # Before the difference, so that a row with nothing finite is NaN.
+    out.masked_fill_(x == -torch.inf, -torch.inf).sub_(_mapped(maximum, logit_map))
 
 
 def _mapped(x: Tensor, logit_map: LogitMap) -> Tensor:
@@ -443,8 +444,10 @@ def _gradient(
 
 
 def _chain(student: Tensor, student_map: LogitMap, out: Tensor) -> Tensor:
-    """1 - tanh^2, the derivative of a capped logit; its scale is in the rate."""
-    return out.copy_(student).mul_(_gain(student_map)).tanh_().square_().neg_().add_(1.0)
+    """1 / cosh^2, the derivative of a capped logit; its scale is in the rate.
+
+    1 - tanh^2 would cancel where the softcap saturates."""
+    return out.copy_(student).mul_(_gain(student_map)).cosh_().square_().reciprocal_()
 
 
 def _at_rate(gradient: Tensor, rule: Rule, *, held: bool) -> Tensor:

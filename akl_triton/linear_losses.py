@@ -15,6 +15,7 @@ from .divergences import (
     Divergence,
     ForwardKL,
     Head,
+    JensenShannon,
     MixedKL,
     ReverseKL,
     Ties,
@@ -139,6 +140,10 @@ class LinearAdaptiveKLOptions(LinearLossOptions, total=False):
 
 class LinearMixedKLOptions(LinearLossOptions, total=False):
     alpha: float
+
+
+class LinearJensenShannonOptions(LinearLossOptions, total=False):
+    beta: float
 
 
 @overload
@@ -340,6 +345,57 @@ def linear_mixed_kl(
         ),
         labels,
         MixedKL,
+        return_stats,
+        options,
+    )  # fmt: skip
+
+
+@overload
+def linear_jensen_shannon(
+    student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor,
+    labels: Tensor | None = None, *, return_stats: Literal[False] = False,
+    **options: Unpack[LinearJensenShannonOptions],
+) -> Tensor: ...  # fmt: skip
+@overload
+def linear_jensen_shannon(
+    student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor,
+    labels: Tensor | None = None, *, return_stats: Literal[True],
+    **options: Unpack[LinearJensenShannonOptions],
+) -> LossAndStats: ...  # fmt: skip
+@documented(LinearLossOptions, JensenShannon)
+def linear_jensen_shannon(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    labels: Tensor | None = None,
+    *,
+    return_stats: bool = False,
+    **options: Unpack[LinearJensenShannonOptions],
+) -> Tensor | LossAndStats:
+    """`jensen_shannon` of ``hidden @ weight.T + bias``, for `linear_distillation_loss`.
+
+    Math:
+        ``loss = beta KL(p || m) + (1 - beta) KL(q || m)``, ``m = beta p + (1 - beta) q``.
+
+    Reference:
+        See `JensenShannon` and `linear_distillation_loss`.
+
+    Example:
+        >>> import torch
+        >>> from akl_triton import linear_jensen_shannon
+        >>> hidden, weight = torch.randn(3, 8), torch.randn(50, 8)
+        >>> linear_jensen_shannon(hidden, weight, hidden, weight).item()
+        0.0
+    """
+    return _loss(
+        "linear_jensen_shannon",
+        Sides(
+            student_hidden, student_weight, options.get("student_bias"),
+            teacher_hidden, teacher_weight, options.get("teacher_bias"),
+        ),
+        labels,
+        JensenShannon,
         return_stats,
         options,
     )  # fmt: skip

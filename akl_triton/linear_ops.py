@@ -85,8 +85,8 @@ class Plan(NamedTuple):
         if not self.damped:
             return 1.0
         if self.accum_dtype == torch.float16:  # the sum over tokens has all the room of fp16
-            return min(_UNDAMPING, room(rule.rate, LARGEST_WRITTEN))
-        return room(rule.rate, _LARGEST_TERM)
+            return min(_UNDAMPING, room(rule.bound, LARGEST_WRITTEN))
+        return room(rule.bound, _LARGEST_TERM)
 
     def unit(self, rule: Rule) -> float:
         """By which the sums over tokens are multiplied."""

@@ -16,6 +16,7 @@ from .divergences import (
     Divergence,
     ForwardKL,
     Head,
+    JensenShannon,
     MixedKL,
     ReverseKL,
     Rule,
@@ -153,6 +154,10 @@ class AdaptiveKLOptions(LossOptions, total=False):
 
 class MixedKLOptions(LossOptions, total=False):
     alpha: float
+
+
+class JensenShannonOptions(LossOptions, total=False):
+    beta: float
 
 
 @overload
@@ -303,6 +308,50 @@ def mixed_kl(
         0.2876
     """
     return _loss("mixed_kl", student_logits, teacher_logits, labels, MixedKL, return_stats, options)
+
+
+@overload
+def jensen_shannon(
+    student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None = None, *,
+    return_stats: Literal[False] = False, **options: Unpack[JensenShannonOptions],
+) -> Tensor: ...  # fmt: skip
+@overload
+def jensen_shannon(
+    student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None = None, *,
+    return_stats: Literal[True], **options: Unpack[JensenShannonOptions],
+) -> LossAndStats: ...  # fmt: skip
+@documented(LossOptions, JensenShannon)
+def jensen_shannon(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor | None = None,
+    *,
+    return_stats: bool = False,
+    **options: Unpack[JensenShannonOptions],
+) -> Tensor | LossAndStats:
+    """Generalised Jensen-Shannon divergence: `distillation_loss` of `JensenShannon`.
+
+    Math:
+        ``loss = beta KL(p || m) + (1 - beta) KL(q || m)``, ``m = beta p + (1 - beta) q``.
+
+    Reference:
+        See `JensenShannon`.
+
+    Example:
+        >>> import torch
+        >>> from akl_triton import jensen_shannon
+        >>> round(jensen_shannon(torch.zeros(1, 3), torch.tensor([[2.0, 1.0, 0.0]])).item(), 4)
+        0.0674
+    """
+    return _loss(
+        "jensen_shannon",
+        student_logits,
+        teacher_logits,
+        labels,
+        JensenShannon,
+        return_stats,
+        options,
+    )
 
 
 def _loss(

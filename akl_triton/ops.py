@@ -140,7 +140,7 @@ class InPlaceDivergence(torch.autograd.Function):
         if damped:
             # A weight of 0 has no power of two.
             rest = power_of_two(factor).clamp(min=torch.finfo(torch.float32).tiny)
-            rest = rest / room(rule.rate, LARGEST_WRITTEN)
+            rest = rest / room(rule.bound, LARGEST_WRITTEN)
             scale = factor / rest
         n = student.shape[0] * student.shape[1]
         loss, stats = divergence_with_gradient(

@@ -31,11 +31,12 @@ class RowResult(NamedTuple):
 
 
 def damping(loss: Tensor) -> Tensor:
-    """The power of two at or below 2 + |loss|: |ds| <= rate (2 + |loss|) < 2 rate damping.
+    """The power of two at or below 2 + |loss|: |ds| <= `Rule.bound` (2 + |loss|) < 2 bound damping.
 
-    The bound: u = ln p - ln q, rate = logit_scale / T, |w (q - p)| <= w, q_j u_j <= p_j <= 1, and
-    sum_j q_j |u_j| over u_j < 0 exceeds reverse_kl by no more than 1, so that |ds_j| is at most
-    rate (w + (1 - w) (1 + reverse_kl)), and (1 - w) reverse_kl at most |loss| + w."""
+    The bound of the two KLs, which is the rate, logit_scale / T: with u = ln p - ln q,
+    |w (q - p)| <= w, q_j u_j <= p_j <= 1, and sum_j q_j |u_j| over u_j < 0 exceeds reverse_kl by no
+    more than 1, so that |ds_j| is at most rate (w + (1 - w) (1 + reverse_kl)), and
+    (1 - w) reverse_kl at most |loss| + w."""
     return power_of_two(loss.abs() + 2.0)
 
 
@@ -44,9 +45,9 @@ def power_of_two(x: Tensor) -> Tensor:
     return (x.view(torch.int32) & 0x7F800000).view(torch.float32)
 
 
-def room(rate: float, largest: float) -> float:
+def room(bound: float, largest: float) -> float:
     """The power of two g for which g |ds| / damping(loss) stays below `largest`."""
-    return 2.0 ** min(max(math.floor(math.log2(largest / (2.0 * rate))), -100), 100)
+    return 2.0 ** min(max(math.floor(math.log2(largest / (2.0 * bound))), -100), 100)
 
 
 def empty_result(student: Tensor, with_stats: bool) -> RowResult:

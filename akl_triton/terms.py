@@ -21,7 +21,7 @@ A function returns new tensors and does not change what it is given. None branch
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TypeAlias
 
 import torch
@@ -32,7 +32,6 @@ Terms: TypeAlias = Callable[..., tuple[Tensor, Tensor]]
 _LOG2_E = math.log2(math.e)
 LARGEST_U = 2.0**127 / _LOG2_E  # of |ln p - ln q|, as the kernels have it: 2^127 bits
 LARGEST_LOG = 2.0**100  # of |ln p| and of |ln q|, which are multiplied by exponents
-_UNBOUNDED = 2.0**13  # the `rows.room` that is left is then 1
 _FAR = 40.0  # where a power too small for fp32 times e^40 is still too small to count
 _LARGEST_PRODUCT_LOG = 120.0 * math.log(2.0)  # of p^a q^b, which is beyond 1 for exponents below 0
 _LARGEST_POWER_LOG = 66.0 * math.log(2.0)  # of p^l and q^l, so that e^40 times them is not infinite
@@ -136,30 +135,6 @@ TERMS: dict[str, Terms] = {
         jeffreys,
     )
 }
-
-
-def steepness(name: str, numbers: Sequence[float], vocabulary: int) -> float:
-    """A number c for which |dloss/ds_j| <= c (2 + loss) / T in every row of that many entries.
-
-    Phi in normal form is never negative, so that no phi_j is above the loss. Where c = 1, the proof
-    is that every g_j lies between -2 max(p_j - q_j, 0) and phi_j + 2 max(q_j - p_j, 0); of the sum
-    of either maximum, at most 1 - q_j belongs to entries other than j. (The skew KLs and
-    Jensen-Shannon are bounded as KLs are, see `rows.damping`: their mixture only shrinks g.)
-
-    For alpha and alpha_beta, g = b phi - D with D = (p^l - q^l) / l. If l >= 1, |D| <= |p - q|. If
-    0 < l < 1, D^2 <= 2 k phi max(p, q)^l, and by Cauchy and Schwarz the |D_i| sum to no more than
-    sqrt(4 k W loss), where W = V^(1-l) is the most that the p_i^l sum to. If l < 0 there is no
-    bound; the number returned then keeps an fp16 gradient no larger than it is undivided."""
-    if name not in ("alpha", "alpha_beta"):
-        return 1.0
-    a, b = numbers if name == "alpha_beta" else (numbers[0], 1.0 - numbers[0])
-    total = 1.0 if name == "alpha" else a + b
-    if total < 0.0:
-        return _UNBOUNDED
-    if total >= 1.0:
-        return max(1.0, abs(b))
-    k = max(1.0, max(abs(a), abs(b)) / (2.0 * total))
-    return abs(b) + math.sqrt(k) * (0.5 + math.sqrt(0.5 * vocabulary ** (1.0 - total)))
 
 
 def _log_mixture(u: Tensor, of_p: float) -> Tensor:
