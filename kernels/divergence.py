@@ -116,7 +116,7 @@ def row_divergence(
                 x, g = p, q
                 if TERMS is not None:
                     exact_u = log_ratio(t, s, log_p, log_q, scale_t, lse_t, lse_s, shift, ONE_SCALE)
-                    x, g = TERMS(log_p, log_q, exact_u, ratio, a, b, False)
+                    x, g = TERMS(log_p, log_q, exact_u, factor_t, factor_s, a, b, False)
                 sums = _add_terms(
                     sums, t, p, q, u, ratio, crossing, least, x, g,
                     HAS_HEAD, STABLE, FORWARD, REVERSE, STATS, TERMS,
@@ -136,7 +136,9 @@ def row_divergence(
             u = tl.where(kept, tl.maximum(log_p, LOWEST) - tl.maximum(log_q, LOWEST), 0.0)
             x, g = p, q
             if TERMS is not None:
-                x, g = careful_terms(t, s, log_p, log_q, shift, ratio, a, b, keep_p, keep_q, TERMS)
+                x, g = careful_terms(
+                    t, s, log_p, log_q, shift, factor_t, factor_s, a, b, keep_p, keep_q, TERMS
+                )
             lost_p += tl.where(kept, 0.0, p)
             lost_q += tl.where(kept, 0.0, q)
             least = tl.where((block + 1) * BLOCK <= cut, crossing, above_crossing)

@@ -135,7 +135,7 @@ def row_gradient_of_terms(
     t_row, s_row, lead, end_t, end_s,
     scale_t, gain_t, scale_s, gain_s,  # of `scaled`
     full_end,  # of the divergence
-    lse_t, lse_s, shift,  # of `normalisers`
+    lse_t, lse_s, shift, factor_s,  # of `normalisers`
     rate,  # by which g_j - q_j G is multiplied
     total,  # G
     a, b, keep_p, keep_q,  # of the terms
@@ -147,7 +147,7 @@ def row_gradient_of_terms(
     columns = tl.arange(0, BLOCK)
     rate = held(rate, LARGEST_COEFFICIENT)
     total = held(total, LARGEST_COEFFICIENT)
-    ratio = tl.exp2(-shift)
+    factor_t = factor_s * tl.exp2(shift)
     moderate = (tl.abs(rate) < COEFFICIENT_LIMIT) & (tl.abs(total) < COEFFICIENT_LIMIT)
     full_end = tl.where(moderate, full_end, tl.minimum(full_end, 1))
     for block in tl.range(1, full_end, loop_unroll_factor=2 * UNROLL):
@@ -156,7 +156,7 @@ def row_gradient_of_terms(
         log_p = scaled(t, scale_t, gain_t, lse_t)
         log_q = scaled(s, scale_s, gain_s, lse_s)
         u = log_ratio(t, s, log_p, log_q, scale_t, lse_t, lse_s, shift, ONE_SCALE)
-        _, g = TERMS(log_p, log_q, u, ratio, a, b, False)
+        _, g = TERMS(log_p, log_q, u, factor_t, factor_s, a, b, False)
         ds = rate * (g - tl.exp2(log_q) * total)
         if gain_s is not None:
             ds *= softcap_slope(s, gain_s)
@@ -170,7 +170,9 @@ def row_gradient_of_terms(
         s = load_edge(s_row, offsets, lead, end_s)
         log_p = scaled(t, scale_t, gain_t, lse_t, base_t)
         log_q = scaled(s, scale_s, gain_s, lse_s, base_s)
-        _, g = careful_terms(t, s, log_p, log_q, shift, ratio, a, b, keep_p, keep_q, TERMS)
+        _, g = careful_terms(
+            t, s, log_p, log_q, shift, factor_t, factor_s, a, b, keep_p, keep_q, TERMS
+        )
         ds = held(rate * held(g - tl.exp2(log_q) * total, LARGEST_COEFFICIENT), LARGEST)
         if gain_s is not None:
             ds *= softcap_slope(s, gain_s)

@@ -102,7 +102,7 @@ def forward_kernel(
             tl.store(stats + 5, gap)
         if TERMS is not None:
             lse_t, lse_s, _, factor_s, shift = normalisers(reference_t, z_t, reference_s, z_s)
-            c2, c3, c4, c5 = shift, factor_s * LN2 * rate, total_g, 0.0
+            c2, c3, c4, c5 = shift, factor_s * LN2 * rate, total_g, factor_s
         else:
             lse_t, lse_s, c2, c3, c4, c5 = gradient_coefficients(
                 reference_t, z_t, reference_s, z_s, w, reverse_kl, kept_p, kept_q, rate
@@ -194,7 +194,7 @@ def backward_kernel(
 def _write_gradient(
     ds_row, t_row, s_row, lead, end_t, end_s, scale_t, gain_t, scale_s, gain_s, full_end,
     upstream, lse_t, lse_s,
-    c2, c3, c4, c5,  # of the state: slope, offset, teacher, lost; of terms shift, rate, G
+    c2, c3, c4, c5,  # of the state: slope, offset, teacher, lost; of terms shift, rate, G, factor_s
     a, b, keep_p, keep_q,
     REVERSE: tl.constexpr, TERMS: tl.constexpr, ONE_SCALE: tl.constexpr,
     S_ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
@@ -203,7 +203,7 @@ def _write_gradient(
     if TERMS is not None:
         row_gradient_of_terms(
             ds_row, t_row, s_row, lead, end_t, end_s, scale_t, gain_t, scale_s, gain_s, full_end,
-            lse_t, lse_s, c2, upstream * c3, c4, a, b, keep_p, keep_q,
+            lse_t, lse_s, c2, c5, upstream * c3, c4, a, b, keep_p, keep_q,
             TERMS, ONE_SCALE, S_ALIGNED, BLOCK,
         )  # fmt: skip
     else:

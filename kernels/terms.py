@@ -1,15 +1,16 @@
 """The terms of a divergence: what one entry of the vocabulary adds to the sums of its row.
 
-    terms(log_p, log_q, u, ratio, a, b, CAREFUL) -> (x, g)      phi = x + g      g = q dphi/dq
+    terms(log_p, log_q, u, f_p, f_q, a, b, CAREFUL) -> (x, g)      phi = x + g      g = q dphi/dq
 
     loss = ln 2 sum (x + g)      dloss/ds_j = ln 2 (g_j - q_j G) / T      G = sum g
 
 log_p and log_q are logarithms to base 2, u is their difference, and x and g are in bits. This
-function is all the device code that a divergence has of its own. Normalisers are rounded: p and q
-are off by factors of the row, of which u is free, so that x has to be proportional to p, and g to
-q, for their sums to be corrected; `ratio` q has the factor of p, where one meets the other. Phi is
-in normal form: it and its derivative are 0 at p = q, which adding c (p - q) arranges and which
-changes nothing, as p and q have the same sum. An error of a normaliser is then of second order.
+function is all the device code that a divergence has of its own. Normalisers are rounded: the
+probabilities are f_p 2^log_p and f_q 2^log_q with factors of the row that are close to 1, of which
+u is free. The caller multiplies the sums of x by f_p and those of g by f_q, which are left out
+where x is proportional to p and g to q. Phi is in normal form: it and its derivative are 0 at
+p = q, which adding c (p - q) arranges and which changes nothing, as p and q have the same sum. An
+error of a normaliser is then of second order.
 
 CAREFUL marks the code of edge blocks, which is also that of rows at the ends of the fp32 range:
 there a term holds what would be infinite, and where a side is -inf (log_p or log_q is LOWEST) it
@@ -27,6 +28,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LARGEST_LOG_RATIO = tl.constexpr(126.0)
 LARGEST_LOG = tl.constexpr(2.0**64)
 SMALLEST = tl.constexpr(2.0**-100)
+STEEP = tl.constexpr(2.0**100)
 # Powers of probabilities are held here, so that a row of them has a finite sum.
 LARGEST_LOG_POWER = tl.constexpr(100.0)
 
@@ -42,12 +44,12 @@ def has_fast_math():
 
 @triton.jit
 def careful_terms(
-    t, s, log_p, log_q, shift, ratio, a, b, keep_p, keep_q, TERMS: tl.constexpr
+    t, s, log_p, log_q, shift, f_p, f_q, a, b, keep_p, keep_q, TERMS: tl.constexpr
 ):  # fmt: skip
     """The terms of entries that may be -inf on a side: dropped where the limit is infinite."""
     log_p = tl.maximum(log_p, LOWEST)
     log_q = tl.maximum(log_q, LOWEST)
-    x, g = TERMS(log_p, log_q, log_p - log_q + shift, ratio, a, b, True)
+    x, g = TERMS(log_p, log_q, log_p - log_q + shift, f_p, f_q, a, b, True)
     counts = tl.where(
         t > float("-inf"),
         (s > float("-inf")) | (keep_p != 0),
@@ -57,7 +59,7 @@ def careful_terms(
 
 
 @triton.jit
-def jensen_shannon(log_p, log_q, u, ratio, a, b, CAREFUL: tl.constexpr):
+def jensen_shannon(log_p, log_q, u, f_p, f_q, a, b, CAREFUL: tl.constexpr):
     """a p ln(p/m) + (1 - a) q ln(q/m), m = a p + (1 - a) q"""
     u = _log_ratio(u, CAREFUL)
     log_d = _log2(tl.exp2(u) * a + (1.0 - a))  # log2(m/q)
@@ -65,7 +67,7 @@ def jensen_shannon(log_p, log_q, u, ratio, a, b, CAREFUL: tl.constexpr):
 
 
 @triton.jit
-def skew_kl(log_p, log_q, u, ratio, a, b, CAREFUL: tl.constexpr):
+def skew_kl(log_p, log_q, u, f_p, f_q, a, b, CAREFUL: tl.constexpr):
     """p ln(p/m) - (1 - a) (p - q), m = a p + (1 - a) q"""
     r = tl.exp2(_log_ratio(u, CAREFUL))
     d = r * a + (1.0 - a)  # m/q
@@ -75,7 +77,7 @@ def skew_kl(log_p, log_q, u, ratio, a, b, CAREFUL: tl.constexpr):
 
 
 @triton.jit
-def skew_reverse_kl(log_p, log_q, u, ratio, a, b, CAREFUL: tl.constexpr):
+def skew_reverse_kl(log_p, log_q, u, f_p, f_q, a, b, CAREFUL: tl.constexpr):
     """q ln(q/m) + (1 - a) (p - q), m = (1 - a) p + a q"""
     d = tl.exp2(_log_ratio(u, CAREFUL)) * (1.0 - a) + a  # m/q
     rest = (1.0 - _inverse(d)) * LOG2E  # 1 - q/m
@@ -83,65 +85,66 @@ def skew_reverse_kl(log_p, log_q, u, ratio, a, b, CAREFUL: tl.constexpr):
 
 
 @triton.jit
-def skew_reverse_kl_detached(log_p, log_q, u, ratio, a, b, CAREFUL: tl.constexpr):
+def skew_reverse_kl_detached(log_p, log_q, u, f_p, f_q, a, b, CAREFUL: tl.constexpr):
     """The phi of skew_reverse_kl, its mixture m a constant of the backward pass."""
     q = tl.exp2(log_q)
     log_d = _log2(tl.exp2(_log_ratio(u, CAREFUL)) * (1.0 - a) + a)
-    return (tl.exp2(log_p) - ratio * q) * ((1.0 - a) * LOG2E), -q * log_d
+    return (tl.exp2(log_p) - (f_q / f_p) * q) * ((1.0 - a) * LOG2E), -q * log_d
 
 
 @triton.jit
-def total_variation(log_p, log_q, u, ratio, a, b, CAREFUL: tl.constexpr):
+def total_variation(log_p, log_q, u, f_p, f_q, a, b, CAREFUL: tl.constexpr):
     """max(p - q, 0), which is half of |p - q| but for half of p - q"""
-    more = u > 0.0
-    return tl.where(more, tl.exp2(log_p) * LOG2E, 0.0), tl.where(more, tl.exp2(log_q) * -LOG2E, 0.0)
+    share = tl.clamp(u * STEEP + 0.5, 0.0, 1.0) * LOG2E  # 1 where p > q, 1/2 where they are equal
+    return tl.exp2(log_p) * share, -(tl.exp2(log_q) * share)
 
 
 @triton.jit
-def alpha(log_p, log_q, u, ratio, a, b, CAREFUL: tl.constexpr):
+def alpha(log_p, log_q, u, f_p, f_q, a, b, CAREFUL: tl.constexpr):
     """(p^a q^(1-a) - a p - (1-a) q) / (a (a-1))"""
     log_p = _moderate(log_p, CAREFUL)
     log_q = _moderate(log_q, CAREFUL)
     u = _moderate(u, CAREFUL)
     power = _power(log_q + u * a, CAREFUL)
-    x = (tl.exp2(log_p) - ratio * power) * (LOG2E / (1.0 - a))
+    x = (tl.exp2(log_p) - (f_q / f_p) * power) * (LOG2E / (1.0 - a))
     return x, (tl.exp2(log_q) - power) * (LOG2E / a)
 
 
 @triton.jit
-def alpha_beta(log_p, log_q, u, ratio, a, b, CAREFUL: tl.constexpr):
+def alpha_beta(log_p, log_q, u, f_p, f_q, a, b, CAREFUL: tl.constexpr):
     """(a p^l + b q^l - l p^a q^b) / (a b l), l = a + b"""
     total = a + b
+    ratio = f_q / f_p
+    k_p = tl.exp2((total - 1.0) * tl.log2(f_p))
+    k_q = tl.exp2((total - 1.0) * tl.log2(f_q))
     log_p = _moderate(log_p, CAREFUL) * total
     log_q = _moderate(log_q, CAREFUL) * total
-    u = _moderate(u, CAREFUL)
-    power = _power(log_q + u * a, CAREFUL)
-    of_p = _power(log_p, CAREFUL) - tl.exp2(tl.log2(ratio) * total) * power
-    h = of_p * (LOG2E / b)  # p dphi/dp
-    g = (_power(log_q, CAREFUL) - power) * (LOG2E / a)
-    # By Euler: phi is homogeneous of degree l, so that l phi = h + g.
-    return (h + g * (1.0 - total)) * (1.0 / total), g
+    power = _power(log_q + _moderate(u, CAREFUL) * a, CAREFUL)
+    # By Euler: phi is homogeneous of degree l, so that l phi = h + g with h = p dphi/dp.
+    h = (_power(log_p, CAREFUL) * k_p - power * (k_q * ratio)) * (LOG2E / b)
+    g = (_power(log_q, CAREFUL) - power) * (k_q * LOG2E / a)
+    return (h + g * (ratio * (1.0 - total))) * (1.0 / total), g
 
 
 @triton.jit
-def todi(log_p, log_q, u, ratio, a, b, CAREFUL: tl.constexpr):
+def todi(log_p, log_q, u, f_p, f_q, a, b, CAREFUL: tl.constexpr):
     """(p - q) ln(p/q), its KLs weighted by constants of the backward pass: see g"""
-    p = tl.exp2(log_p) * (1.0 / ratio)  # to the factor of q
+    p = tl.exp2(log_p) * (f_p / f_q)
     q = tl.exp2(log_q)
     both = p + q
     if CAREFUL:
         both = tl.maximum(both, SMALLEST)
     more = p - q
     less = more * LOG2E + u * (q * (q * _inverse(both)))  # -g
-    return ratio * (less + u * more), -less
+    return (f_q / f_p) * (less + u * more), -less
 
 
 @triton.jit
-def jeffreys(log_p, log_q, u, ratio, a, b, CAREFUL: tl.constexpr):
+def jeffreys(log_p, log_q, u, f_p, f_q, a, b, CAREFUL: tl.constexpr):
     """(p - q) ln(p/q)"""
     p = tl.exp2(log_p)
     q = tl.exp2(log_q)
-    return p * u + (p - ratio * q) * LOG2E, (q - (1.0 / ratio) * p) * LOG2E - q * u
+    return p * u + (p - (f_q / f_p) * q) * LOG2E, (q - (f_p / f_q) * p) * LOG2E - q * u
 
 
 @triton.jit

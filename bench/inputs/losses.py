@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import akl_triton
-from akl_triton.divergences import FAMILY, SumOfTerms
+from akl_triton.divergences import FAMILY
 
 Loss = Callable[..., Any]
 
@@ -15,12 +15,15 @@ LOSSES: dict[str, Loss] = {
     "adaptive_kl": akl_triton.adaptive_kl,
     "forward_kl": akl_triton.forward_kl,
     "reverse_kl": akl_triton.reverse_kl,
+}
+# The members that are sums of terms; each has kernels of its own.
+FAMILY_LOSSES: dict[str, Loss] = {
     **{
         name: functools.partial(akl_triton.distillation_loss, divergence=name)
         for name, kind in FAMILY.items()
-        if issubclass(kind, SumOfTerms)
+        if issubclass(kind, akl_triton.SumOfTerms)
     },
-    "skew_reverse_kl, detached": functools.partial(
+    "skew_reverse_kl_detached": functools.partial(
         akl_triton.distillation_loss, divergence=akl_triton.SkewReverseKL(detach=True)
     ),
 }

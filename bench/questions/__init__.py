@@ -16,6 +16,7 @@ from types import ModuleType
 
 QUESTIONS = {
     "instructions": "What do the compiled kernels execute per vocabulary position, and the peers'?",
+    "family": "What do the kernels of each divergence of the family execute?",
     "traffic": "What do they read, write and execute on real logits?",
     "operators": "How many bytes does each way to compute a loss move, operator by operator?",
     "growth": "How does cost grow with the rows and with the vocabulary?",

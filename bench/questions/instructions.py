@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 
 import akl_triton
 from akl_triton.cli.bench import make_logits
-from bench.inputs.losses import LOSSES, OPTIONS
+from bench.inputs.losses import FAMILY_LOSSES, LOSSES, OPTIONS
 from bench.inputs.peers import PEERS, Peer, speculators_losses, speculators_tile
 from bench.inputs.shapes import (
     ALIGNMENT_CLASSES,
@@ -152,7 +152,9 @@ def record(
     """The kernels that a loss launches, by their place in SEPARATE and IN_ONE."""
     student = torch.zeros(rows, vocabulary, dtype=DTYPES[dtype])
     teacher = torch.zeros_like(student)
-    function = functools.partial(LOSSES[loss], **OPTIONS[options], backend="triton")
+    function = functools.partial(
+        (LOSSES | FAMILY_LOSSES)[loss], **OPTIONS[options], backend="triton"
+    )
     with record_launches(target) as launches:
         result = function(student.requires_grad_(), teacher)
         (result[0] if isinstance(result, tuple) else result).backward()

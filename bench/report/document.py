@@ -15,6 +15,7 @@ DOCUMENT = ROOT / "bench" / "RESULTS.md"
 # Question: heading of its section. In the order of asking, as the floor reads the others.
 SECTIONS = {
     "instructions": "Instructions, registers and occupancy, ours and the peers'",
+    "family": "The family: instructions, registers and stack of each divergence",
     "traffic": "Bytes, executed instructions and scans on real logits",
     "operators": "Bytes, ours and the peers', operator by operator",
     "growth": "Growth with N and V",

@@ -1,0 +1,106 @@
+"""`python -m bench family`: what the kernels of each divergence of the family execute.
+
+Next to the stored figures of the peers that `python -m bench instructions` found.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from bench.inputs.losses import FAMILY_LOSSES, LOSSES
+from bench.inputs.stages import DIVERGENCE, GRADIENT, IN_ONE, SEARCHES, SEPARATE, STATISTICS
+from bench.questions.instructions import KernelCost, kernel_costs
+from bench.report.tables import table
+from bench.store import load
+
+MAIN, OTHERS = "sm_90", ("sm_80", "sm_100", "sm_120")
+VOCABULARY = 151936
+# Instructions a position, sm_90, bf16: what each member was to stay within.
+GOALS = {
+    "jensen_shannon": 40.0,
+    "skew_kl": 47.0,
+    "skew_reverse_kl": 47.0,
+    "skew_reverse_kl_detached": 39.0,
+    "total_variation": 37.0,
+    "alpha": 37.0,
+    "alpha_beta": 44.0,
+    "todi": 47.0,
+}
+
+
+def collect() -> dict[str, Any]:
+    """All figures, about ten minutes the first time."""
+    return {
+        "vocabulary": VOCABULARY,
+        "members": {
+            name: {target: _figures(kernel_costs(name, target, VOCABULARY)) for target in targets}
+            for losses, targets in ((LOSSES, (MAIN,)), (FAMILY_LOSSES, (MAIN, *OTHERS)))
+            for name in losses
+        },
+    }
+
+
+def _figures(costs: dict[str, KernelCost]) -> dict[str, Any]:
+    """Instructions and exps a position by stage, of one launch; registers and stack of all."""
+    (one,) = (costs[name] for name in IN_ONE)
+    stages = [stage for stage in one.stages if stage.stage not in SEARCHES]
+    return {
+        "instructions": {s.stage: s.instructions / s.positions for s in stages},
+        "exps": sum(s.exps / s.positions for s in stages),
+        "registers": [costs[name].registers for name in (*SEPARATE, *IN_ONE)],
+        "stack_bytes": max(costs[name].stack_bytes for name in (*SEPARATE, *IN_ONE)),
+    }
+
+
+def markdown(data: dict[str, Any]) -> str:
+    stages = (STATISTICS, DIVERGENCE, GRADIENT)
+    rows: list[tuple[Any, ...]] = []
+    for name, targets in data["members"].items():
+        main = targets[MAIN]
+        total = sum(main["instructions"].values())
+        rows.append(
+            (
+                f"`{name}`",
+                f"{total:.1f}",
+                *(f"{main['instructions'][stage]:.1f}" for stage in stages),
+                f"{main['exps']:.0f}",
+                f"{GOALS[name]:.0f}" if name in GOALS else "",
+                " / ".join(map(str, main["registers"])),
+                max(target["stack_bytes"] for target in targets.values()),
+                *(
+                    f"{sum(targets[target]['instructions'].values()):.1f}"
+                    if target in targets
+                    else ""
+                    for target in OTHERS
+                ),
+            )
+        )
+    peers = load("instructions")["data"]["peers"]
+    theirs = [
+        (f"{peer['peer']} {peer['version']}", peer["computes"], f"{_of_peer(peer):.1f}")
+        for peer in peers
+        if peer["target"] == MAIN and data["vocabulary"] in peer["vocabularies"]
+    ]
+    return "\n\n".join(
+        (
+            f"SASS instructions a vocabulary position in the loops over full blocks of the launch "
+            f"that also makes the gradient, {MAIN}, bf16, V = {data['vocabulary']:,}, by stage; "
+            "exponentials a position (logarithms and reciprocals are not in this count); registers "
+            "of forward, backward and the one launch; the most bytes of stack of any kernel on any "
+            "target; and the instructions on the other targets. A member's numbers (beta, "
+            "alpha, a, b) are run-time values: they compile nothing. The searches of `adaptive_kl` "
+            "for its head are not counted here.",
+            table(
+                (
+                    "divergence", "total", *stages, "exps", "goal", "registers", "stack", *OTHERS,
+                ),
+                rows,
+            ),
+            "Peers, by the stored figures of `python -m bench instructions`:",
+            table(("peer", "computes", "instructions"), theirs, texts=2),
+        )
+    )  # fmt: skip
+
+
+def _of_peer(peer: dict[str, Any]) -> float:
+    return float(sum(kernel["per_position"] for kernel in peer["kernels"].values()))
