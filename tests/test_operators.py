@@ -10,9 +10,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from akl_triton import AdaptiveKL, AdaptiveKLLoss, adaptive_kl, ops
+from akl_triton import (
+    AdaptiveKL,
+    AdaptiveKLLoss,
+    Divergence,
+    adaptive_kl,
+    distillation_loss,
+    ops,
+)
 from akl_triton.divergences import Rule
 from akl_triton.options import Backend, Reduction
+from tests.support.cases import DIVERGENCES
 
 V = 200
 RULE = Rule(AdaptiveKL()).pack()
@@ -98,6 +106,21 @@ def test_compiled_module_on_a_view(backend: Backend, device: torch.device, inpla
 
     def run(hidden: Tensor) -> tuple[Tensor, ...]:
         return (loss_function((2 * hidden).view(-1, V), teacher.view(-1, V)),)
+
+    assert_compiled_equals_eager(run, student)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
+def test_every_divergence_is_an_operator_and_one_graph(divergence: Divergence) -> None:
+    student, teacher = make_logits(torch.device("cpu"))
+    leaf = student.clone().requires_grad_()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # opcheck's own
+        rest = (False, "torch", *Rule(divergence).pack())
+        torch.library.opcheck(ops.divergence, (leaf, teacher, None, *rest))
+
+    def run(hidden: Tensor) -> tuple[Tensor, ...]:
+        return (distillation_loss(2 * hidden, teacher, divergence=divergence, backend="torch"),)
 
     assert_compiled_equals_eager(run, student)
 
