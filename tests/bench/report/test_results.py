@@ -16,6 +16,7 @@ def test_results_are_what_is_stored() -> None:
 
 FIGURES = {
     "instructions": "registers",
+    "family": "exps",
     "traffic": "bytes_read",
     "operators": "bytes",
     "growth": "bytes",
