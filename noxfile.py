@@ -36,8 +36,7 @@ def tests(session: nox.Session) -> None:
 @nox.session
 def oldest(session: nox.Session) -> None:
     """Run the tests of the kernels with the oldest torch and Triton that pyproject.toml allows."""
-    # torch 2.9 for CUDA asks for exactly Triton 3.5, so that only --no-deps brings them together.
-    session.install("torch==2.9.0")
+    session.install("torch==2.10.0")
     session.install("--no-deps", "triton==3.6.0")
     session.install("--no-deps", "-e", ".")
     session.install(*(need for need in DEV if not need.startswith("akl-triton")))

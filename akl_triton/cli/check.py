@@ -209,7 +209,7 @@ def judge(
     loss, stats = outcome.loss.cpu(), outcome.stats
     claims = {name: column.cpu()[valid] for name, column in stats._asdict().items()}
     found = []
-    for name, rows in (("loss", loss[:, None]), *(("gradient", g) for g in outcome.gradients)):
+    for name, rows in (("loss", loss[:, None]), *(("gradient", g) for _, g in outcome.gradients)):
         if (rows.cpu()[~valid] != 0).any():
             found.append(f"{name}: not exactly 0 where a token is ignored")
     if not valid.any():
@@ -228,19 +228,20 @@ def judge(
     )
     found += faults(loss[valid], None, of)
     roundings = 1.0 if _interpreted() else 0.5  # the interpreter truncates
-    for gradient in outcome.gradients:
+    for up, gradient in outcome.gradients:
         gradient = gradient.cpu()[valid]
-        found += faults(None, gradient, of, upstream=upstream, roundings=roundings)
-    exact_gradient = upstream[:, None] * of.oracle.grad
+        found += faults(None, gradient, of, upstream=up.cpu()[valid], roundings=roundings)
     rounding = torch.finfo(student.dtype).eps
     scale = 1.0 + of.oracle.loss.abs()
     loss_error = worst((loss[valid] / scale)[:, None], (of.oracle.loss / scale)[:, None], 0.0)
-    gradient_error = max(
-        worst(gradient.cpu()[valid], exact_gradient, rounding * exact_gradient.abs())
-        for gradient in outcome.gradients
-    )
+    gradient_error = 0.0
+    for up, gradient in outcome.gradients:
+        exact_gradient = up.cpu()[valid, None] * of.oracle.grad
+        error = worst(gradient.cpu()[valid], exact_gradient, rounding * exact_gradient.abs())
+        gradient_error = max(gradient_error, error)
     if outcome.hidden_gradient is not None:
         # The product over the vocabulary is a library's.
+        exact_gradient = upstream[:, None] * of.oracle.grad
         rows = valid.nonzero().flatten()
         size = student.abs().max().item()
         weight = student.double().t() / size
@@ -256,7 +257,8 @@ class Outcome(NamedTuple):
 
     loss: Tensor  # [N]
     stats: DivergenceStats  # [N] each
-    gradients: list[Tensor]  # [N, V_s] of sum upstream * loss, in each way that there is
+    # (upstream [N], gradient [N, V_s] of sum upstream * loss), in each way that there is
+    gradients: list[tuple[Tensor, Tensor]]
     hidden_gradient: Tensor | None  # [N, N] of fused losses
 
 
@@ -283,7 +285,9 @@ def on_logits(
 
     (loss, stats), gradient = evaluate(return_stats=True)
     _, gradient_in_place = evaluate(inplace=True)
-    return Outcome(loss.detach(), stats, [gradient, gradient_in_place], None)
+    return Outcome(
+        loss.detach(), stats, [(upstream, gradient), (upstream, gradient_in_place)], None
+    )
 
 
 def through_heads(
@@ -317,7 +321,9 @@ def through_heads(
     up = upstream.to(device)
     (loss, stats), late, hidden_gradient = evaluate(up, reduction="none", return_stats=True)
     _, of_sum, _ = evaluate(torch.ones((), device=device), reduction="sum")
-    return Outcome(loss.detach(), stats, [late, up[:, None] * of_sum], hidden_gradient)
+    return Outcome(
+        loss.detach(), stats, [(up, late), (torch.ones_like(up), of_sum)], hidden_gradient
+    )
 
 
 def worst(actual: Tensor, exact: Tensor, allowed: Tensor | float) -> float:
