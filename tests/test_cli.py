@@ -146,7 +146,7 @@ def _always_nan(student: Tensor, *inputs: Tensor, **options: Any) -> Any:
 
 
 def _gradient_of_a_sum(hidden: Tensor, weight: Tensor, reduction: str) -> Any:
-    return 1e-3 * weight[0, 0] if reduction == "sum" else 0.0
+    return 3e-2 * weight[0, 0] if reduction == "sum" else 0.0
 
 
 def _gradient_per_token(hidden: Tensor, weight: Tensor, reduction: str) -> Any:
