@@ -17,7 +17,7 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
         yield name
         return
     if os.environ.get("TRITON_INTERPRET") == "1":
-        pytest.skip("interpreted kernels are tested in tests/kernels and tests/test_family.py")
+        pytest.skip("interpreted kernels are tested in tests/kernels")
     pytest.importorskip("triton")
     from bench.lab import ptxcpu
 
