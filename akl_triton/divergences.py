@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
@@ -94,13 +95,13 @@ def flag(default: bool) -> Any:
     return dataclasses.field(default=default, metadata={"check": checks.check_flag})
 
 
-class TwoKL(Divergence):
+class TwoKL(Divergence, ABC):
     """A loss ``w forward_kl + (1 - w) reverse_kl`` of each token."""
 
     @property
+    @abstractmethod
     def fixed_weight(self) -> float | None:
         """w, or None where each token has its own."""
-        raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -504,18 +505,25 @@ def register(
 
     Args:
         kind: a frozen dataclass that derives from `SumOfTerms`, with a class attribute ``name``,
-            whose fields are made by ``number``, ``choice`` or ``flag``.
+            whose fields are made by ``number``, ``choice`` or ``flag`` of akl_triton.divergences;
+            at most two are numbers.
         triton: its function of an entry for the kernels, as those of kernels/terms.py, decorated
             with ``triton.jit``; without it, only the PyTorch backend has the member.
         torch: the same for the PyTorch backend, as those of terms.py.
 
     Raises:
-        ValueError: the name is taken by another member.
+        ValueError: the name is taken by another member, or there are more than two numbers.
     """
     if FAMILY.get(kind.name, kind) is not kind:
         raise ValueError(
             f"kind: expected a name that no other member has, got {kind.name!r} of "
             f"{checks.type_of(kind)}"
+        )
+    numbers = [f.name for f in dataclasses.fields(kind) if type(f.default) is float]  # type: ignore[arg-type]
+    if len(numbers) > 2:
+        raise ValueError(
+            f"kind: expected at most two fields that are numbers, which is what kernels take, got "
+            f"{', '.join(numbers)} of {checks.type_of(kind)}"
         )
     kind._checks = {f.name: f.metadata["check"] for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
     FAMILY[kind.name] = kind

@@ -112,6 +112,16 @@ def test_what_register_refuses(hellinger: Any) -> None:
         ValueError, match=r"^kind: expected a name that no other member has, got 'f"
     ):
         register(Impostor, torch=torch_terms)
+
+    @dataclasses.dataclass(frozen=True)
+    class Greedy(SumOfTerms):
+        name = "greedy"
+        a: float = number(1.0)
+        b: float = number(1.0)
+        c: float = number(1.0)
+
+    with pytest.raises(ValueError, match=r"^kind: expected at most two fields that are numbers"):
+        register(Greedy, torch=torch_terms)
     with pytest.raises(ValueError, match=r"^strength: expected a finite number in \(0, inf\)"):
         hellinger(-1.0)
     with pytest.raises(TypeError, match=r"^divergence: expected a member of the family"):
