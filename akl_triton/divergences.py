@@ -565,9 +565,14 @@ def resolve(given: Divergence | str) -> Divergence:
     if isinstance(given, str):
         return divergence(given)
     if FAMILY.get(getattr(given, "name", "")) is not type(given):
+        got = (
+            f"the class {given.__name__}; make one, {given.__name__}()"
+            if isinstance(given, type)
+            else f"{checks.type_of(given)}; a class of your own has to be registered"
+        )
         raise TypeError(
             "divergence: expected a member of the family, such as AdaptiveKL(), or its name, got "
-            f"{checks.type_of(given)}; a class of your own has to be registered"
+            + got
         )
     return given
 

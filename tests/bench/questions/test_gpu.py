@@ -139,7 +139,7 @@ def test_the_model_of_memory(
     gradients = 2 * (rows + vocabulary) * hidden
     monkeypatch.setitem(linear_ops.CHUNK_BYTES, "cpu", 2 * chunk * vocabulary * 2)
     monkeypatch.setattr(eager, "TEMPORARY_BYTES", 2**19)
-    monkeypatch.setattr(rows, "BLOCK_BYTES", 2**16)
+    monkeypatch.setattr(akl_triton.rows, "BLOCK_BYTES", 2**16)
     inputs = make_heads(rows, vocabulary, hidden, CPU, gpu.DTYPE, seed=0)
     phase = gpu.PHASES["linear"]
     peaks = {}
