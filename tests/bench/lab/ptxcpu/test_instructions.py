@@ -1,5 +1,6 @@
 """Instructions of PTX, written by hand where Triton seldom emits them."""
 
+import importlib
 from typing import Any
 
 import pytest
@@ -60,9 +61,15 @@ def test_what_is_not_implemented_is_refused(instruction: str) -> None:
         translate(parse(ptx_of(instruction)))
 
 
-def test_divergent_threads_meet_again() -> None:
-    """Thread t adds up 0..t-1 in a loop of its own length, then the warp shuffles."""
-    ptx = ptx_of("""
+@pytest.mark.parametrize("long", [False, True])
+def test_divergent_threads_meet_again(long: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Thread t adds up 0..t-1 in a loop of its own length, then the warp shuffles.
+
+    So it is in the code of long kernels, which have one version of each block."""
+    monkeypatch.setattr(
+        importlib.import_module(translate.__module__), "LONG_KERNEL", 0 if long else 99
+    )
+    ptx = f"// {long}\n" + ptx_of("""
     mov.u32 %r2, 0;
     mov.u32 %r3, 0;
 $loop:
