@@ -17,7 +17,7 @@ demo: $(READY)
 test: export OMP_NUM_THREADS = 1
 test: $(READY)
 	$(BIN)/python -m pytest -n $(JOBS)
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(JOBS) tests/kernels
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(JOBS) tests/kernels tests/test_family.py
 
 # The oldest Triton that pyproject.toml allows, which is also that of bench/gpu.sh: what it makes of
 # the kernels, stage by stage and whole.

@@ -9,7 +9,16 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from .divergences import TERMS, AdaptiveKL, Divergence, Rule, SumOfTerms, TwoKL
+from .divergences import (
+    TERMS,
+    AdaptiveKL,
+    Divergence,
+    EntropySwitch,
+    LKHybrid,
+    Rule,
+    SumOfTerms,
+    TwoKL,
+)
 from .rows import RowResult
 
 TRITON, TORCH = "triton", "torch"
@@ -20,7 +29,8 @@ class Backend(Protocol):
 
     Shape:
         student [outer, inner, V_s], teacher [outer, inner, V_t], unit stride in V; valid [N] bool,
-        or None where every row counts; result as in `RowResult`.
+        or None where every row counts; labels [N] int32 or int64, the tokens of the cross-entropy,
+        or None without one; result as in `RowResult`.
     """
 
     def forward(
@@ -28,6 +38,7 @@ class Backend(Protocol):
         student: Tensor,
         teacher: Tensor,
         valid: Tensor | None,
+        labels: Tensor | None,
         rule: Rule,
         result: RowResult,
         *,
@@ -46,6 +57,7 @@ class Backend(Protocol):
         student: Tensor,
         teacher: Tensor,
         valid: Tensor | None,
+        labels: Tensor | None,
         state: Tensor,
         rule: Rule,
         gradient: Tensor,
@@ -64,6 +76,7 @@ class Triton:
         student: Tensor,
         teacher: Tensor,
         valid: Tensor | None,
+        labels: Tensor | None,
         rule: Rule,
         result: RowResult,
         *,
@@ -75,18 +88,21 @@ class Triton:
 
         divergence = rule.divergence
         head = divergence if isinstance(divergence, AdaptiveKL) else AdaptiveKL()
-        fixed = divergence.fixed_weight if isinstance(divergence, TwoKL) else float("nan")
         launch.forward(
             student,
             teacher,
             valid,
+            labels,
             result.loss,
             result.state if gradient is None else None,
             result.stats if len(result.stats) else None,
+            divergence_weight=rule.divergence_weight,
+            label_weight=rule.label_weight,
+            tau=divergence.tau if isinstance(divergence, EntropySwitch) else None,
             mu=head.mu,
             inclusive=head.head == "inclusive",
             stable=head.ties == "stable",
-            weight=fixed,
+            weight=_fixed_weight(divergence),
             **_terms(divergence),
             gradient=gradient,
             upstream=upstream,
@@ -100,6 +116,7 @@ class Triton:
         student: Tensor,
         teacher: Tensor,
         valid: Tensor | None,
+        labels: Tensor | None,
         state: Tensor,
         rule: Rule,
         gradient: Tensor,
@@ -111,11 +128,11 @@ class Triton:
             student,
             teacher,
             valid,
+            labels,
             state,
             upstream,
-            reverse=not (
-                isinstance(rule.divergence, TwoKL) and rule.divergence.fixed_weight == 1.0
-            ),
+            label_weight=rule.label_weight,
+            weight=_fixed_weight(rule.divergence),
             **_terms(rule.divergence),
             **_maps(rule),
         )
@@ -125,6 +142,11 @@ class Triton:
         from .kernels import launch
 
         launch.rescale(rows, factor)
+
+
+def _fixed_weight(divergence: Divergence) -> float | None:
+    """w of the two KLs; None where each token has its own."""
+    return divergence.fixed_weight if isinstance(divergence, TwoKL) else None
 
 
 def _terms(divergence: Divergence) -> dict[str, Any]:
@@ -143,6 +165,7 @@ def _terms(divergence: Divergence) -> dict[str, Any]:
         "terms": device_function,
         "numbers": divergence.numbers,
         "limits": divergence.limits,
+        "eta": divergence.eta if isinstance(divergence, LKHybrid) else None,
     }
 
 

@@ -184,6 +184,33 @@ def check_tokens(
         raise ValueError(f"shift: expected 0 where {', '.join(given)} are None, got {shift}")
 
 
+def check_targets(
+    labels: Tensor | None,
+    mask: Tensor | None,
+    label_weight: float,
+    ignore_index: int,
+    vocabulary: int,
+) -> None:
+    """Where there is a cross-entropy, labels are tokens of the student; looked at on a CPU only."""
+    if not label_weight:
+        return
+    if labels is None:
+        raise ValueError(
+            "kd_ratio: expected 1 without labels, of which the cross-entropy would be, got "
+            f"{1.0 - label_weight:g}"
+        )
+    if labels.device.type != "cpu" or is_traced(labels):
+        return
+    no_token = (labels != ignore_index) & ((labels < 0) | (labels >= vocabulary))
+    if mask is not None:
+        no_token &= mask
+    if no_token.any():
+        raise ValueError(
+            f"labels: expected {ignore_index} or tokens from 0 to {vocabulary - 1}, those of the "
+            f"student, as kd_ratio is not 1, got {int(labels[no_token][0])}"
+        )
+
+
 def check_shift(name: str, shift: object) -> int:
     """Check the number of positions by which a label is ahead of the logits that predict it."""
     checked = check_integer(name, shift)

@@ -96,7 +96,7 @@ def flag(default: bool) -> Any:
 
 
 class TwoKL(Divergence, ABC):
-    """A loss ``w forward_kl + (1 - w) reverse_kl`` of each token."""
+    """A loss ``w forward_kl + (1 - w) reverse_kl`` of each token, or as `EntropySwitch` says."""
 
     @property
     @abstractmethod
@@ -216,6 +216,35 @@ class MixedKL(TwoKL):
     @property
     def fixed_weight(self) -> float:
         return self.alpha
+
+
+@dataclasses.dataclass(frozen=True)
+class EntropySwitch(TwoKL):
+    """Reverse KL, to which the forward KL is added where the teacher is uncertain.
+
+    Math:
+        ``loss = reverse_kl + [H(p) > tau] forward_kl``, ``H(p) = -sum_i p_i ln p_i``.
+
+    Args:
+        tau: in nats, >= 0, of the teacher at the temperature of the loss.
+
+    Reference:
+        Jin et al., "Entropy-Aware On-Policy Distillation of Language Models", arXiv 2603.07079.
+
+    Example:
+        >>> from akl_triton import EntropySwitch
+        >>> EntropySwitch(tau=1.5)
+        EntropySwitch(tau=1.5)
+    """
+
+    name = "entropy_switch"
+    tau: float = number(
+        0.8, above=0.0, closed=True, instead="below 0 it is the sum of both KLs: use Jeffreys()"
+    )
+
+    @property
+    def fixed_weight(self) -> None:
+        return None
 
 
 class SumOfTerms(Divergence):
@@ -341,6 +370,34 @@ class TotalVariation(SumOfTerms):
     """
 
     name = "total_variation"
+
+
+@dataclasses.dataclass(frozen=True)
+class LKHybrid(SumOfTerms):
+    """Forward KL far from the teacher, total variation near to it: for draft models.
+
+    Math:
+        ``loss = w forward_kl + (1 - w) total_variation``, ``w = exp(-eta (1 - total_variation))`` a
+        constant of the backward pass. ``1 - total_variation`` is the rate at which speculative
+        decoding accepts what the student drafts.
+
+    Args:
+        eta: > 0, how fast the forward KL loses its weight as the rate rises.
+
+    Reference:
+        Samarin et al., "LK Losses: Direct Acceptance Rate Optimization for Speculative Decoding",
+        arXiv 2602.23881, the hybrid objective.
+
+    Example:
+        >>> from akl_triton import LKHybrid
+        >>> LKHybrid()
+        LKHybrid(eta=3.0)
+    """
+
+    name = "lk_hybrid"
+    terms = "total_variation"
+    numbers = ()
+    eta: float = number(3.0, above=0.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -532,8 +589,9 @@ def register(
 
 
 for _kind in (
-    *(AdaptiveKL, ForwardKL, ReverseKL, MixedKL),
-    *(JensenShannon, SkewKL, SkewReverseKL, TotalVariation, Alpha, AlphaBeta, ToDi, Jeffreys),
+    *(AdaptiveKL, ForwardKL, ReverseKL, MixedKL, EntropySwitch),
+    *(JensenShannon, SkewKL, SkewReverseKL, TotalVariation, LKHybrid),
+    *(Alpha, AlphaBeta, ToDi, Jeffreys),
 ):
     register(_kind)
 
@@ -602,6 +660,8 @@ class Rule(NamedTuple):
     temperature: float = 1.0
     student_map: LogitMap = LogitMap()
     teacher_map: LogitMap = LogitMap()
+    divergence_weight: float = 1.0  # the loss is the sum of these times the divergence
+    label_weight: float = 0.0  # and the cross-entropy of the student at T = 1 with the labels
 
     @property
     def rate(self) -> float:
@@ -611,12 +671,14 @@ class Rule(NamedTuple):
     @property
     def bound(self) -> float:
         """A number for which the gradient of a row is at most that times (2 + |loss|)."""
-        return self.rate * self.divergence.steepness
+        of_divergence = self.rate * self.divergence.steepness * max(1.0, self.divergence_weight)
+        return of_divergence + self.label_weight * self.student_map.scale
 
     def pack(self) -> tuple[Any, ...]:
         """The operators' arguments of RULE_SCHEMA, which `unpack` reads."""
         key, numbers = self.divergence.pack()
-        return key, numbers, self.temperature, *self.student_map, *self.teacher_map
+        weights = self.divergence_weight, self.label_weight
+        return key, numbers, self.temperature, *self.student_map, *self.teacher_map, *weights
 
     @classmethod
     def unpack(cls, packed: Sequence[Any]) -> Rule:
@@ -628,18 +690,21 @@ class Rule(NamedTuple):
             student_scale,
             teacher_softcap,
             teacher_scale,
+            *weights,
         ) = packed
         return cls(
             _unpack(key, numbers),
             temperature,
             LogitMap(student_softcap, student_scale),
             LogitMap(teacher_softcap, teacher_scale),
+            *weights,
         )
 
 
 RULE_SCHEMA = """str divergence, float[] numbers, float temperature,
     float? student_softcap, float student_logit_scale,
-    float? teacher_softcap, float teacher_logit_scale"""
+    float? teacher_softcap, float teacher_logit_scale,
+    float divergence_weight, float label_weight"""
 
 
 def _unpack(key: str, numbers: Sequence[float]) -> Divergence:

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import terms, workers
-from .divergences import TERMS, AdaptiveKL, Rule, SumOfTerms, TwoKL
+from .divergences import TERMS, AdaptiveKL, EntropySwitch, LKHybrid, Rule, SumOfTerms, TwoKL
 from .kernels.layout import STATE_WIDTH
 from .rows import LogitMap, RowResult, blocks, damping
 from .terms import LARGEST_LOG, LARGEST_U
@@ -66,16 +66,26 @@ class _Slope(NamedTuple):
 
 
 class _TermsSlope(NamedTuple):
-    """Row constants of dloss/dstudent = rate (g - q total), where the loss is a sum of terms."""
+    """Row constants of dloss/dstudent = rate (weight g - q pull) of a sum of terms."""
 
     z_t: Tensor  # each [R, 1] fp32: the sums of the chunk's p and q
     z_s: Tensor
-    total: Tensor  # sum of g
+    pull: Tensor  # weight times the sum of g, less what the cross-entropy adds to q
+    share: Tensor  # of the forward KL that `LKHybrid` mixes with the terms, in g already; else 0
     careful: Tensor  # 1 where entries are held, and those at -inf are told apart
 
 
-class _RowStats(NamedTuple):
-    """Each [R, 1] fp32, in the order of STATISTICS."""
+class _CrossEntropy(NamedTuple):
+    """What is asked for besides the divergence: its own loss, times a weight."""
+
+    labels: Tensor  # [N] int32 or int64
+    weight: float
+    unit: float  # nats at T = 1 that a unit of the rescaled logits is
+    is_of_q: bool  # whether its softmax, at T = 1, is q
+
+
+class _Sums(NamedTuple):
+    """The first of STATISTICS, each [R, 1] fp32."""
 
     forward_kl: Tensor
     reverse_kl: Tensor
@@ -89,6 +99,7 @@ def forward(
     student: Tensor,
     teacher: Tensor,
     valid: Tensor | None,
+    labels: Tensor | None,
     rule: Rule,
     result: RowResult,
     *,
@@ -100,7 +111,8 @@ def forward(
 
     With a fixed weight there is no head: head_mass and head_size are then NaN. A sum of terms has
     no weight either."""
-    student, teacher, rule = _merged(student), _merged(teacher), _rescaled(rule)
+    student, teacher = _merged(student), _merged(teacher)
+    cross_entropy, rule = _cross_entropy_of(labels, rule), _rescaled(rule)
     by_row = None if gradient is None else _merged(gradient)
     with_stats = len(result.stats) > 0
 
@@ -108,28 +120,39 @@ def forward(
         s, t = _take(student, rows), _take(teacher, rows)
         max_t, max_s = t.amax(-1, keepdim=True).float(), s.amax(-1, keepdim=True).float()
         chunk = _exponentials(s, t, max_t, max_s, rule, spaces)
+        more = _statistics_of_sides(chunk, s, t, max_s, max_t) if with_stats else ()
+        of_labels, z_1 = _row_cross_entropy(chunk, s, max_s, cross_entropy, rows, rule)
+        q_weight = cross_entropy.weight if cross_entropy and cross_entropy.is_of_q else 0.0
         constants: tuple[Tensor, ...]
         if isinstance(rule.divergence, TwoKL):
-            stats, slope, kept = _divergence(chunk, s, t, max_t, rule)
-            w = stats.forward_weight
-            loss = w * stats.forward_kl + (1.0 - w) * stats.reverse_kl
+            sums, slope, kept = _divergence(chunk, s, t, max_t, rule, q_weight, with_stats)
+            loss = sums.forward_weight * sums.forward_kl
+            loss = loss + _reverse_weight(sums.forward_weight, rule) * sums.reverse_kl
             constants, of_student = slope, partial(_gradient, chunk, slope, kept, s, rule)
         else:
-            entries, loss, terms_slope, g = _terms_divergence(chunk, s, t, rule)
+            entries, loss, terms_slope, g = _terms_divergence(chunk, s, t, rule, q_weight)
             if with_stats:
-                stats = _terms_stats(entries, loss)
+                sums = _terms_stats(entries, loss, terms_slope.share, rule)
             constants = terms_slope
             of_student = partial(_terms_gradient, chunk, terms_slope, g, s, rule)
+        loss = loss * rule.divergence_weight
+        if cross_entropy is not None:
+            loss = loss + of_labels * cross_entropy.weight
         result.loss[rows] = loss.squeeze(-1)
-        state = torch.cat((max_t, max_s, *constants), dim=-1)
+        state = torch.cat((max_t, max_s, z_1, *constants), dim=-1)
         result.state[rows] = F.pad(state, (0, STATE_WIDTH - state.shape[-1]))
         if with_stats:
-            result.stats[rows] = torch.cat(stats, dim=-1)
+            result.stats[rows] = torch.cat((*sums, *more, of_labels), dim=-1)
         if upstream is not None and by_row is not None:
             scale = upstream[rows]
             if damped:
                 scale = scale / damping(loss.squeeze(-1))
-            _write(of_student(), scale, by_row, rows)
+            gradient_of_rows = of_student()
+            if cross_entropy is not None:
+                _add_label_gradient(
+                    gradient_of_rows, chunk, s, max_s, z_1, cross_entropy, rows, rule
+                )
+            _write(gradient_of_rows, scale, by_row, rows)
 
     _for_each_chunk(work, student, teacher, valid)
     for rows_of in (result.loss, result.state, *((result.stats,) if with_stats else ())):
@@ -143,30 +166,34 @@ def backward(
     student: Tensor,
     teacher: Tensor,
     valid: Tensor | None,
+    labels: Tensor | None,
     state: Tensor,
     rule: Rule,
     gradient: Tensor,
 ) -> None:
     """`backend.Backend.backward`, where logits may also be [N, V]."""
     student, teacher, by_row = _merged(student), _merged(teacher), _merged(gradient)
-    rule = _rescaled(rule)
+    cross_entropy, rule = _cross_entropy_of(labels, rule), _rescaled(rule)
 
     def work(rows: _Rows, spaces: Tensor) -> None:
         s, t = _take(student, rows), _take(teacher, rows)
-        max_t, max_s, *constants = state[rows, :, None].unbind(1)
+        max_t, max_s, z_1, *constants = state[rows, :, None].unbind(1)
         chunk = _exponentials(s, t, max_t, max_s, rule, spaces)
         if isinstance(rule.divergence, TwoKL):
-            slope = _Slope(*constants)
+            slope = _Slope(*constants[: len(_Slope._fields)])
             kept = None
             if _any(slope.careful):
                 kept = _nats(chunk.d, s, t, rule.temperature)
             of_student = _gradient(chunk, slope, kept, s, rule)
         else:
             terms_slope = _TermsSlope(*constants[: len(_TermsSlope._fields)])
-            z_t, z_s, _, careful = terms_slope
+            z_t, z_s, _, share, careful = terms_slope
             entries = _entries(chunk, s, t, z_t, z_s, rule, _any(careful))
             _, g = _sums(entries, s.shape[-1], rule)
+            _mix_forward_kl(g, entries, share, rule)
             of_student = _terms_gradient(chunk, terms_slope, g, s, rule)
+        if cross_entropy is not None:
+            _add_label_gradient(of_student, chunk, s, max_s, z_1, cross_entropy, rows, rule)
         _write(of_student, upstream[rows], by_row, rows)
 
     _for_each_chunk(work, student, teacher, valid)
@@ -177,6 +204,14 @@ def rescale(rows: Tensor, factor: Tensor) -> None:
     """`backend.Backend.rescale`."""
     for block in blocks(rows):
         rows[block].mul_(factor[block, None])
+
+
+def _cross_entropy_of(labels: Tensor | None, rule: Rule) -> _CrossEntropy | None:
+    """The cross-entropy that the rule, not rescaled yet, asks for."""
+    if labels is None:
+        return None
+    unit = rule.temperature / _rescaled(rule).temperature
+    return _CrossEntropy(labels, rule.label_weight, unit, rule.temperature == 1.0)
 
 
 def _rescaled(rule: Rule) -> Rule:
@@ -356,10 +391,117 @@ def _nats(d: Tensor, student: Tensor, teacher: Tensor, temperature: float) -> Te
     return kept
 
 
+def _statistics_of_sides(
+    chunk: _Chunk, student: Tensor, teacher: Tensor, max_s: Tensor, max_t: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The entropies of q and p, and whether some token is a most probable one of both; [R, 1]."""
+    of_student, of_teacher = (
+        _entropy(masses, masses.sum(-1, keepdim=True), out=chunk.spare[2])
+        for masses in (chunk.q, chunk.p)
+    )
+    shared = chunk.d.shape[-1]
+    agree = (student[:, :shared] == max_s) & (teacher[:, :shared] == max_t)
+    agreement = agree.any(-1, keepdim=True).float()
+    broken = (of_student + of_teacher).isnan()
+    student_entropy, teacher_entropy, agreement = (
+        x.masked_fill(broken, torch.nan) for x in (of_student, of_teacher, agreement)
+    )
+    return student_entropy, teacher_entropy, agreement
+
+
+def _entropy(masses: Tensor, z: Tensor, out: Tensor) -> Tensor:
+    """[R, 1] of masses [R, V] that sum to z, by way of a work space of at least that width."""
+    share = torch.div(masses, z, out=out[:, : masses.shape[-1]])
+    torch.special.entr(share, out=share)
+    return share.sum(-1, keepdim=True)
+
+
+def _reverse_weight(w: Tensor, rule: Rule) -> Tensor:
+    """The weight of the reverse KL where w is that of the forward KL."""
+    return torch.ones_like(w) if isinstance(rule.divergence, EntropySwitch) else 1.0 - w
+
+
+def _row_cross_entropy(
+    chunk: _Chunk,
+    student: Tensor,
+    max_s: Tensor,
+    cross_entropy: _CrossEntropy | None,
+    rows: _Rows,
+    rule: Rule,
+) -> tuple[Tensor, Tensor]:
+    """Cross-entropy at T = 1 and the denominator of its softmax, each [R, 1]; NaN and 1 without."""
+    if cross_entropy is None:
+        return torch.full_like(max_s, torch.nan), torch.ones_like(max_s)
+    token, known = _tokens(cross_entropy, rows, student.shape[-1])
+    of_label = torch.empty_like(max_s)
+    _below_maximum(student.gather(-1, token), max_s, rule.student_map, out=of_label)
+    z_1 = _softmax_of_labels(chunk, student, max_s, cross_entropy, rule).sum(-1, keepdim=True)
+    loss = z_1.log() - of_label * cross_entropy.unit
+    return loss.masked_fill(~known, torch.nan), z_1.masked_fill(~known, torch.nan)
+
+
+def _softmax_of_labels(
+    chunk: _Chunk, student: Tensor, max_s: Tensor, cross_entropy: _CrossEntropy, rule: Rule
+) -> Tensor:
+    """exp(s - max s) at T = 1 [R, V_s], where that is not the chunk's q in chunk.spare[2]."""
+    if cross_entropy.is_of_q:
+        return chunk.q
+    space = chunk.spare[2, :, : student.shape[-1]]
+    _below_maximum(student, max_s, rule.student_map, out=space)
+    return space.mul_(_LOG2_E * cross_entropy.unit).exp2_()
+
+
+def _tokens(cross_entropy: _CrossEntropy, rows: _Rows, vocabulary: int) -> tuple[Tensor, Tensor]:
+    """[R, 1] int64 tokens, and whether they are tokens of the student."""
+    token = cross_entropy.labels[rows, None].long()
+    known = (token >= 0) & (token < vocabulary)
+    return token.where(known, 0), known
+
+
+def _add_label_gradient(
+    gradient: Tensor,
+    chunk: _Chunk,
+    student: Tensor,
+    max_s: Tensor,
+    z_1: Tensor,
+    cross_entropy: _CrossEntropy,
+    rows: _Rows,
+    rule: Rule,
+) -> None:
+    """Add weight (softmax(s) - [j = label]) by the logits, T = 1; in place.
+
+    Where that softmax is q, the gradient of the divergence has the first term already."""
+    rate = cross_entropy.weight * cross_entropy.unit * rule.student_map.scale
+    token, known = _tokens(cross_entropy, rows, student.shape[-1])
+    of_label = torch.full_like(max_s, -rate)
+    if rule.student_map.softcap is not None:
+        of_label *= _chain(student.gather(-1, token), rule.student_map, torch.empty_like(max_s))
+    if not cross_entropy.is_of_q:
+        softmax = _softmax_of_labels(chunk, student, max_s, cross_entropy, rule).div_(z_1)
+        if rule.student_map.softcap is not None:
+            softmax.mul_(_chain(student, rule.student_map, torch.empty_like(softmax)))
+        gradient.add_(softmax, alpha=rate)
+    gradient.scatter_add_(-1, token, of_label)
+    if _any(~known):
+        gradient.masked_fill_(~known, torch.nan)
+
+
 def _divergence(
-    chunk: _Chunk, student: Tensor, teacher: Tensor, max_t: Tensor, rule: Rule
-) -> tuple[_RowStats, _Slope, Tensor | None]:
-    """Statistics of R rows, what their gradient needs, and which entries of d are kept."""
+    chunk: _Chunk,
+    student: Tensor,
+    teacher: Tensor,
+    max_t: Tensor,
+    rule: Rule,
+    q_weight: float,
+    with_stats: bool,
+) -> tuple[_Sums, _Slope, Tensor | None]:
+    """Sums of R rows, what their gradient needs, and which entries of d are kept.
+
+    To the gradient, q times q_weight is added, as the cross-entropy needs it at T = 1. Without
+    statistics a KL of weight 0 is not made, nor the gap where no weight needs it: they are not what
+    `_Sums` says then, but finite where the row is."""
+    assert isinstance(rule.divergence, TwoKL)
+    weight = rule.divergence.fixed_weight
     d, p, q, _, _, spare = chunk
     distance = spare[0, :, : p.shape[-1]]
     shared, temperature = d.shape[-1], rule.temperature
@@ -370,9 +512,10 @@ def _divergence(
     def mean(weights: Tensor, z: Tensor, of: Tensor) -> Tensor:
         return torch.mul(weights, of, out=product).sum(-1, keepdim=True) / z
 
-    p_kept = p_shared.sum(-1, keepdim=True) / z_t
-    q_kept = q_shared.sum(-1, keepdim=True) / z_s
-    p_d, q_d = mean(p_shared, z_t, d), mean(q_shared, z_s, d)
+    p_kept = p_shared.sum(-1, keepdim=True) / z_t if shared < p.shape[-1] else z_t / z_t
+    q_kept = q_shared.sum(-1, keepdim=True) / z_s if shared < q.shape[-1] else z_s / z_s
+    p_d = mean(p_shared, z_t, d) if with_stats or weight != 0.0 else torch.zeros_like(z_t)
+    q_d = mean(q_shared, z_s, d) if with_stats or weight != 1.0 else torch.zeros_like(z_s)
     kept, per_nat = None, temperature
     if (
         not _sync_is_free(d)
@@ -391,54 +534,65 @@ def _divergence(
     forward_kl = p_d / per_nat - c * p_kept
     reverse_kl = c * q_kept - q_d / per_nat
 
-    # |p - q|, in units of 1/z_t.
-    torch.mul(q_shared, z_t / z_s, out=product).sub_(p_shared)
-    distance[:, shared:] = p[:, shared:]
-    distance.abs_()
-    only_student = q[:, shared:].sum(-1, keepdim=True) * (z_t / z_s)
-    gap = distance.sum(-1, keepdim=True) + only_student
+    gap = 0.0 * (z_t + z_s)
+    if with_stats or isinstance(rule.divergence, AdaptiveKL):
+        # |p - q|, in units of 1/z_t.
+        torch.mul(q_shared, z_t / z_s, out=product).sub_(p_shared)
+        distance[:, shared:] = p[:, shared:]
+        distance.abs_()
+        only_student = q[:, shared:].sum(-1, keepdim=True) * (z_t / z_s)
+        gap = distance.sum(-1, keepdim=True) + only_student
 
-    assert isinstance(rule.divergence, TwoKL)
-    weight = rule.divergence.fixed_weight
-    if weight is None:
+    mass = size = torch.full_like(gap, torch.nan)
+    if isinstance(rule.divergence, EntropySwitch):
+        w = (_entropy(p, z_t, out=spare[1]) > rule.divergence.tau).float()
+    elif weight is None:
         g_head, mass, size = _head(chunk, teacher, max_t, z_t, rule)
         w = torch.where(gap == 0.0, 0.5, g_head / gap).clamp(max=1.0)
     else:
         w = torch.full_like(gap, weight)
-        mass = size = torch.full_like(gap, torch.nan)
     w, mass, size = (x.masked_fill(gap.isnan(), torch.nan) for x in (w, mass, size))
 
-    stats = _RowStats(forward_kl, reverse_kl, w, mass, size, gap / z_t)
-    rest = 1.0 - w
+    sums = _Sums(forward_kl, reverse_kl, w, mass, size, gap / z_t)
+    of_forward = rule.divergence_weight * w
+    of_reverse = rule.divergence_weight * _reverse_weight(w, rule)
     slope = _Slope(
         center=q_d,
-        k=rest / per_nat / z_s,
-        a=(w * p_kept + rest * (1.0 - q_kept) * (1.0 + c)) / z_s,
-        a_dropped=(w * p_kept - rest * (q_kept + reverse_kl)) / z_s,
-        b=w / z_t,
+        k=of_reverse / per_nat / z_s,
+        a=(of_forward * p_kept + of_reverse * (1.0 - q_kept) * (1.0 + c) + q_weight) / z_s,
+        a_dropped=(of_forward * p_kept - of_reverse * (q_kept + reverse_kl) + q_weight) / z_s,
+        b=of_forward / z_t,
         careful=torch.full_like(w, kept is not None),
     )
-    return stats, slope, kept
+    return sums, slope, kept
 
 
 def _gradient(
     chunk: _Chunk, slope: _Slope, kept: Tensor | None, student: Tensor, rule: Rule
 ) -> Tensor:
     """dloss/dstudent [R, V_s] of the two KLs. Uses up the chunk."""
+    assert isinstance(rule.divergence, TwoKL)
+    weight = rule.divergence.fixed_weight
     d, p, q = chunk.d, chunk.p[:, : chunk.d.shape[-1]], chunk.q
     shared = d.shape[-1]
     if rule.student_map.softcap is not None:
         chain = _chain(student, rule.student_map, out=chunk.spare[2, :, : q.shape[-1]])
         q.mul_(chain)
         p.mul_(chain[:, :shared])
-    # Both addends of k are of the size of their difference, which is 0 where q is 1.
-    d.sub_(slope.center).mul_(q[:, :shared]).mul_(-slope.k)
+    q_shared = q[:, :shared]
+    if weight != 1.0:
+        # Both addends of k are of the size of their difference, which is 0 where q is 1.
+        d.sub_(slope.center).mul_(q_shared).mul_(-slope.k)
     factor = slope.a
     if kept is not None:
         d.mul_(kept)
         p.mul_(kept)
         factor = kept.mul_(slope.a - slope.a_dropped).add_(slope.a_dropped)
-    q[:, :shared].mul_(factor).add_(d).sub_(p.mul_(slope.b))
+    q_shared.mul_(factor)
+    if weight != 1.0:
+        q_shared.add_(d)
+    if weight != 0.0:
+        q_shared.sub_(p.mul_(slope.b))
     q[:, shared:].mul_(slope.a_dropped)
     return _at_rate(q, rule, held=kept is not None)
 
@@ -485,9 +639,11 @@ class _Entries(NamedTuple):
 
 
 def _terms_divergence(
-    chunk: _Chunk, student: Tensor, teacher: Tensor, rule: Rule
+    chunk: _Chunk, student: Tensor, teacher: Tensor, rule: Rule, q_weight: float
 ) -> tuple[list[_Entries], Tensor, _TermsSlope, Tensor]:
-    """The entries of R rows, their loss [R, 1], what their gradient needs, and g [R, V_s]."""
+    """The entries of R rows, their loss [R, 1], what their gradient needs, and g [R, V_s].
+
+    q_weight is that of `_divergence`."""
     z_t, z_s = chunk.p.sum(-1, keepdim=True), chunk.q.sum(-1, keepdim=True)
     entries = _entries(chunk, student, teacher, z_t, z_s, rule)
     x, g = _sums(entries, student.shape[-1], rule)
@@ -496,8 +652,16 @@ def _terms_divergence(
     broken = (z_t + z_s).isnan()
     loss = (x + total).nan_to_num(_LARGEST, _LARGEST, -_LARGEST).masked_fill(broken, torch.nan)
     total = total.nan_to_num(0.0, _LARGEST, -_LARGEST).masked_fill(broken, torch.nan)
+    share = torch.zeros_like(loss)
+    if isinstance(rule.divergence, LKHybrid):
+        share = torch.exp((loss - 1.0) * rule.divergence.eta)
+        forward_kl, kept = _forward_kl(entries)
+        loss = share * forward_kl + (1.0 - share) * loss
+        total = (1.0 - share) * total - share * kept
+        _mix_forward_kl(g, entries, share, rule)
     careful = entries[0].no_student is not None or not bool((loss < _HUGE).all())
-    slope = _TermsSlope(z_t, z_s, total, torch.full_like(loss, careful))
+    pull = rule.divergence_weight * total - q_weight
+    slope = _TermsSlope(z_t, z_s, pull, share, torch.full_like(loss, careful))
     return entries, loss, slope, g
 
 
@@ -581,7 +745,25 @@ def _sums(entries: list[_Entries], v_s: int, rule: Rule) -> tuple[Tensor, Tensor
     return torch.cat(of_x, dim=-1).sum(-1, keepdim=True), g
 
 
-def _terms_stats(entries: list[_Entries], loss: Tensor) -> _RowStats:
+def _forward_kl(entries: list[_Entries]) -> tuple[Tensor, Tensor]:
+    """Forward KL [R, 1], and the teacher's mass of the entries that it does not drop."""
+    p, _, _, _, u, no_student, _ = entries[0]
+    if no_student is not None:  # where the teacher's logit is -inf, p is 0
+        p = p.masked_fill(no_student, 0.0)
+    return (p * u).sum(-1, keepdim=True), p.sum(-1, keepdim=True)
+
+
+def _mix_forward_kl(g: Tensor, entries: list[_Entries], share: Tensor, rule: Rule) -> None:
+    """g of the terms [R, V_s] becomes that of the mixture with a share of the forward KL."""
+    if not isinstance(rule.divergence, LKHybrid):
+        return
+    p, *_, no_student, _ = entries[0]
+    p = p if no_student is None else p.masked_fill(no_student, 0.0)
+    g.mul_(1.0 - share)
+    g[:, : p.shape[-1]].sub_(p * share)
+
+
+def _terms_stats(entries: list[_Entries], loss: Tensor, share: Tensor, rule: Rule) -> _Sums:
     """The statistics that need neither a head nor a weight; the others are NaN."""
     forward_kl, reverse_kl, gap = (torch.zeros_like(loss) for _ in range(3))
     for p, q, _, _, u, no_student, no_teacher in entries:
@@ -594,22 +776,25 @@ def _terms_stats(entries: list[_Entries], loss: Tensor) -> _RowStats:
     for x in (forward_kl, reverse_kl, gap):
         x.masked_fill_(loss.isnan(), torch.nan)
     nan = torch.full_like(gap, torch.nan)
-    return _RowStats(forward_kl, reverse_kl, nan, nan, nan, gap)
+    w = share if isinstance(rule.divergence, LKHybrid) else nan
+    return _Sums(forward_kl, reverse_kl, w, nan, nan, gap)
 
 
 def _terms_gradient(
     chunk: _Chunk, slope: _TermsSlope, g: Tensor, student: Tensor, rule: Rule
 ) -> Tensor:
     """dloss/dstudent [R, V_s] of a sum of terms, in place of g."""
-    g.addcmul_(chunk.q, slope.total, value=-1.0)
+    if rule.divergence_weight != 1.0:
+        g.mul_(rule.divergence_weight)
+    g.addcmul_(chunk.q, slope.pull, value=-1.0)
     if rule.student_map.softcap is not None:
         g.mul_(_chain(student, rule.student_map, out=chunk.spare[2, :, : g.shape[-1]]))
     return _at_rate(g, rule, held=_any(slope.careful))
 
 
-def _any(careful: Tensor) -> bool:
-    """Whether any row asks for care; where a look would stall, all rows are taken with care."""
-    return not _sync_is_free(careful) or bool(careful.any())
+def _any(asked: Tensor) -> bool:
+    """Whether any row asks for what is to be done; where a look would stall, it is always done."""
+    return not _sync_is_free(asked) or bool(asked.any())
 
 
 def _head(

@@ -424,6 +424,9 @@ def _loss(
     checks.check_projection("teacher", *sides[3:], student, autocast is not None)
     of_tokens = labels, options["mask"], options["token_weights"]
     checks.check_tokens(*of_tokens, shift, student, of="student_hidden")
+    checks.check_targets(
+        labels, options["mask"], rule.label_weight, options["ignore_index"], len(student_weight)
+    )
     items = checks.check_num_items(options["num_items"], reduction, student, of="student_hidden")
     differentiable = torch.is_grad_enabled()
     plan = Plan(
@@ -446,7 +449,7 @@ def _loss(
                 checks.check_can_be_saved(name, tensor)
 
     tokens = student.shape[:-1]
-    valid, factor = rows_that_count(tokens, labels, options, items)
+    valid, targets, factor = rows_that_count(tokens, labels, options, items)
     rows = sides._replace(
         student_hidden=student.reshape(-1, student.shape[-1]),
         teacher_hidden=teacher.reshape(-1, teacher.shape[-1]),
@@ -454,7 +457,7 @@ def _loss(
     # Multiplied, not copied to the device: a copy would wait for it.
     scale = torch.ones((), dtype=torch.float32, device=student.device) * factor
     loss, stats, *_ = linear_divergence(
-        per_token, return_stats, *rows, valid, scale, *plan, *rule.pack()
+        per_token, return_stats, *rows, valid, targets, scale, *plan, *rule.pack()
     )
     if per_token:
         loss = loss.view(tokens)

@@ -97,12 +97,12 @@ class Plan(NamedTuple):
         return self.hidden_gradient or self.weight_gradient or self.bias_gradient
 
 
-# The last arguments of both operators: Sides, which tokens count, the factor of their losses, Plan,
-# Rule.
+# The last arguments of both operators: Sides, which tokens count, their labels, the factor of their
+# losses, Plan, Rule.
 _ARGUMENTS = f"""
     Tensor student_hidden, Tensor student_weight, Tensor? student_bias,
     Tensor teacher_hidden, Tensor teacher_weight, Tensor? teacher_bias,
-    Tensor? valid, Tensor factor,
+    Tensor? valid, Tensor? labels, Tensor factor,
     ScalarType student_dtype, ScalarType teacher_dtype, ScalarType accum_dtype,
     SymInt chunk_bytes, bool hidden_gradient, bool weight_gradient, bool bias_gradient, str backend,
     {RULE_SCHEMA}
@@ -116,12 +116,12 @@ _ARGUMENTS = f"""
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def linear_divergence(per_token, with_stats, *inputs):  # type: ignore[no-untyped-def]
-    """(loss [] or [N] fp32, stats [N, 6] or [0, 6] fp32, dampings, gradients of the summed loss).
+    """(loss [] or [N] fp32, stats [N, 10] or [0, 10] fp32, dampings, gradients of the summed loss).
 
     The gradients are [N, H_s], [V_s, H_s] and [V_s], or [0] where the forward pass gives none. In
     fp16 they still have to be multiplied by `_rests`; dampings [N] are [0] elsewhere."""
-    sides, valid, factor, plan, rule = _unpack(inputs)
-    loss, *rest = _sweep(sides, valid, factor, _now(plan, per_token), rule, with_stats)
+    sides, valid, labels, factor, plan, rule = _unpack(inputs)
+    loss, *rest = _sweep(sides, valid, labels, factor, _now(plan, per_token), rule, with_stats)
     return (loss if per_token else loss.sum(), *rest)
 
 
@@ -173,7 +173,7 @@ def _empty_gradients(sides: Sides, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
 
 @linear_divergence.register_fake
 def _(per_token, with_stats, *inputs):  # type: ignore[no-untyped-def]
-    sides, _, _, plan, _ = _unpack(inputs)
+    sides, _, _, _, plan, _ = _unpack(inputs)
     hidden = sides.student_hidden
     n = hidden.shape[0]
     loss = torch.empty((n,) if per_token else (), dtype=torch.float32, device=hidden.device)
@@ -187,7 +187,7 @@ def _(per_token, with_stats, *inputs):  # type: ignore[no-untyped-def]
 
 @linear_divergence_backward.register_fake
 def _(upstream, *inputs):  # type: ignore[no-untyped-def]
-    sides, _, _, plan, _ = _unpack(inputs)
+    sides, _, _, _, plan, _ = _unpack(inputs)
     return _empty_gradients(sides, plan)
 
 
@@ -196,17 +196,19 @@ def _(x, factor, dtype):  # type: ignore[no-untyped-def]
     return torch.empty(x.shape, dtype=dtype, device=x.device)
 
 
-def _unpack(inputs: Sequence[Any]) -> tuple[Sides, Tensor | None, Tensor, Plan, Rule]:
+def _unpack(
+    inputs: Sequence[Any],
+) -> tuple[Sides, Tensor | None, Tensor | None, Tensor, Plan, Rule]:
     """The arguments of `_ARGUMENTS`."""
     end_of_sides = len(Sides._fields)
-    sides, (valid, factor, *rest) = Sides(*inputs[:end_of_sides]), inputs[end_of_sides:]
+    sides, (valid, labels, factor, *rest) = Sides(*inputs[:end_of_sides]), inputs[end_of_sides:]
     end_of_plan = len(Plan._fields)
-    return sides, valid, factor, Plan(*rest[:end_of_plan]), Rule.unpack(rest[end_of_plan:])
+    return sides, valid, labels, factor, Plan(*rest[:end_of_plan]), Rule.unpack(rest[end_of_plan:])
 
 
 def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
     per_token, _, *arguments = inputs
-    sides, valid, factor, plan, rule = _unpack(arguments)
+    sides, valid, labels, factor, plan, rule = _unpack(arguments)
     ctx.count = len(inputs)
     _, *rest = output
     ctx.mark_non_differentiable(*rest)
@@ -214,7 +216,7 @@ def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
     ctx.late = is_late(plan, per_token)
     ctx.options = plan, rule
     ctx.dtypes = [None if x is None else x.dtype for x in sides[:3]]
-    ctx.save_for_backward(factor, *(*sides, valid) if ctx.late else rest[1:])
+    ctx.save_for_backward(factor, *(*sides, valid, labels) if ctx.late else rest[1:])
 
 
 def _differentiate(ctx, upstream, *_):  # type: ignore[no-untyped-def]
@@ -258,6 +260,7 @@ linear_divergence.register_autograd(_differentiate, setup_context=_save)
 def _sweep(
     sides: Sides,
     valid: Tensor | None,
+    labels: Tensor | None,
     factor: Tensor,
     plan: Plan,
     rule: Rule,
@@ -300,6 +303,7 @@ def _sweep(
             s[None],
             t[None],
             None,
+            None if labels is None else labels[rows],
             rule,
             result,
             upstream=scale[rows] if plan.any_gradient else None,

@@ -39,6 +39,10 @@ class DivergenceStats(NamedTuple):
     head_mass: Tensor  # teacher mass of the head; NaN where w is fixed
     head_size: Tensor  # tokens in the head; NaN where w is fixed
     gap: Tensor  # sum |p - q|, twice the total variation
+    student_entropy: Tensor  # -sum q ln q
+    teacher_entropy: Tensor  # -sum p ln p
+    top1_agreement: Tensor  # 1 where some token is a most probable one on both sides, else 0
+    cross_entropy: Tensor  # -ln softmax(student)[label] at T = 1; NaN without kd_ratio < 1
 
     def means(self, valid: Tensor | None = None) -> dict[str, Tensor]:
         """The mean of each over the tokens where `valid` [...] is True, for a logger.
@@ -372,6 +376,9 @@ def _loss(
     inplace, reduction, shift = options["inplace"], options["reduction"], options["shift"]
     checks.check_logits(student, teacher)
     checks.check_tokens(labels, options["mask"], options["token_weights"], shift, student)
+    checks.check_targets(
+        labels, options["mask"], rule.label_weight, options["ignore_index"], student.shape[-1]
+    )
     items = checks.check_num_items(options["num_items"], reduction, student)
     wants_gradient = student.requires_grad and torch.is_grad_enabled()
     if inplace:
@@ -381,16 +388,18 @@ def _loss(
     backend = resolve_backend(options["backend"], student.device.type)
 
     tokens = student.shape[:-1]
-    valid, factor = rows_that_count(tokens, labels, options, items)
+    valid, targets, factor = rows_that_count(tokens, labels, options, items)
     rows_s, rows_t = as_rows(student, teacher)
     if inplace and wants_gradient:
         # Multiplied, not copied to the device: a copy would wait for it.
         scale = torch.ones((), dtype=torch.float32, device=student.device) * factor
         loss, stats = ops.InPlaceDivergence.apply(  # type: ignore[no-untyped-call]
-            rows_s, rows_t, valid, scale, rule, return_stats, backend
+            rows_s, rows_t, valid, targets, scale, rule, return_stats, backend
         )
     else:
-        loss, _, stats = ops.divergence(rows_s, rows_t, valid, return_stats, backend, *rule.pack())
+        loss, _, stats = ops.divergence(
+            rows_s, rows_t, valid, targets, return_stats, backend, *rule.pack()
+        )
         loss = loss * factor
     loss = loss.view(tokens) if reduction == "none" else loss.sum()
     return (loss, stats_of(stats, tokens)) if return_stats else loss
@@ -398,11 +407,14 @@ def _loss(
 
 def rule_of(divergence: Divergence, options: Any) -> Rule:
     """What the options of either door make of a token's loss."""
+    kd_ratio, temperature = options["kd_ratio"], options["temperature"]
     return Rule(
         divergence,
-        options["temperature"],
+        temperature,
         LogitMap(options["student_softcap"], options["student_logit_scale"]),
         LogitMap(options["teacher_softcap"], options["teacher_logit_scale"]),
+        divergence_weight=kd_ratio * (temperature**2 if options["scale_by_t2"] else 1.0),
+        label_weight=1.0 - kd_ratio,
     )
 
 
@@ -413,25 +425,27 @@ def stats_of(columns: Tensor, tokens: torch.Size) -> DivergenceStats:
 
 def rows_that_count(
     tokens: torch.Size, labels: Tensor | None, options: Any, num_items: float | Tensor | None
-) -> tuple[Tensor | None, float | Tensor]:
-    """[N] bool, or None where all rows count; and what the loss of a row is multiplied by.
-
-    That is a number, [] or [N]."""
+) -> tuple[Tensor | None, Tensor | None, float | Tensor]:
+    """[N] bool, or None where all rows count; [N] tokens of the cross-entropy, or None without one;
+    and what the loss of a row is multiplied by: a number, [] or [N]."""
     shift, ignored, weights = options["shift"], options["ignore_index"], options["token_weights"]
-    valid = None if labels is None else _shifted(labels, shift, ignored) != ignored
+    valid = targets = None
+    if labels is not None:
+        labels = _shifted(labels, shift, ignored)
+        valid = labels != ignored
+        if options["kd_ratio"] < 1.0:
+            targets = labels.reshape(-1)
     if options["mask"] is not None:
         mask = _shifted(options["mask"], shift, False)
         valid = mask if valid is None else valid & mask
     if shift and valid is None:
         valid = _shifted(torch.ones_like(weights, dtype=torch.bool), shift, False)
     factor = _of_reduction(tokens, valid, options["reduction"], num_items)
-    if options["scale_by_t2"]:
-        factor = factor * options["temperature"] ** 2
     if weights is not None:
         weights = _shifted(weights.float(), shift, 0.0)
         # What an ignored token weighs does not matter, not even if it is NaN.
         factor = factor * (weights if valid is None else weights.where(valid, 0.0)).reshape(-1)
-    return None if valid is None else valid.reshape(-1), factor
+    return None if valid is None else valid.reshape(-1), targets, factor
 
 
 def _shifted(of_tokens: Tensor, shift: int, value: float) -> Tensor:

@@ -22,34 +22,34 @@ from .rows import LARGEST_WRITTEN, damping, empty_result, power_of_two, room
 @torch.library.custom_op(
     "akl_triton::divergence",
     mutates_args=(),
-    schema="(Tensor student, Tensor teacher, Tensor? valid, bool with_stats, str backend, "
-    f"{RULE_SCHEMA}) -> (Tensor, Tensor, Tensor)",
+    schema="(Tensor student, Tensor teacher, Tensor? valid, Tensor? labels, bool with_stats, "
+    f"str backend, {RULE_SCHEMA}) -> (Tensor, Tensor, Tensor)",
 )
-def divergence(student, teacher, valid, with_stats, backend, *rule):  # type: ignore[no-untyped-def]
-    """(loss [N], state [N, 8], stats [N, 6] or [0, 6]) in fp32."""
+def divergence(student, teacher, valid, labels, with_stats, backend, *rule):  # type: ignore[no-untyped-def]
+    """(loss [N], state, stats or no rows of them) in fp32: see layout."""
     result = empty_result(student, with_stats)
     if student.numel():
-        backend_of(backend).forward(student, teacher, valid, Rule.unpack(rule), result)
+        backend_of(backend).forward(student, teacher, valid, labels, Rule.unpack(rule), result)
     return result
 
 
 @divergence.register_fake
-def _(student, teacher, valid, with_stats, backend, *rule):  # type: ignore[no-untyped-def]
+def _(student, teacher, valid, labels, with_stats, backend, *rule):  # type: ignore[no-untyped-def]
     return empty_result(student, with_stats)
 
 
 @torch.library.custom_op(
     "akl_triton::divergence_backward",
     mutates_args=(),
-    schema="(Tensor upstream, Tensor student, Tensor teacher, Tensor? valid, Tensor state, "
-    f"str backend, {RULE_SCHEMA}) -> Tensor",
+    schema="(Tensor upstream, Tensor student, Tensor teacher, Tensor? valid, Tensor? labels, "
+    f"Tensor state, str backend, {RULE_SCHEMA}) -> Tensor",
 )
-def divergence_backward(upstream, student, teacher, valid, state, backend, *rule):  # type: ignore[no-untyped-def]
+def divergence_backward(upstream, student, teacher, valid, labels, state, backend, *rule):  # type: ignore[no-untyped-def]
     """upstream [N] * dloss/dstudent, [outer, inner, V_s] in the student's dtype."""
     gradient = torch.empty(student.shape, dtype=student.dtype, device=student.device)
     if student.numel():
         backend_of(backend).backward(
-            upstream, student, teacher, valid, state, Rule.unpack(rule), gradient
+            upstream, student, teacher, valid, labels, state, Rule.unpack(rule), gradient
         )
     return gradient
 
@@ -62,11 +62,11 @@ def _(upstream, student, *inputs):  # type: ignore[no-untyped-def]
 @torch.library.custom_op(
     "akl_triton::divergence_with_gradient",
     mutates_args=("student",),
-    schema="(Tensor(a!) student, Tensor teacher, Tensor? valid, Tensor upstream, bool damped, "
-    f"bool with_stats, str backend, {RULE_SCHEMA}) -> (Tensor, Tensor)",
+    schema="(Tensor(a!) student, Tensor teacher, Tensor? valid, Tensor? labels, Tensor upstream, "
+    f"bool damped, bool with_stats, str backend, {RULE_SCHEMA}) -> (Tensor, Tensor)",
 )
 def divergence_with_gradient(  # type: ignore[no-untyped-def]
-    student, teacher, valid, upstream, damped, with_stats, backend, *rule
+    student, teacher, valid, labels, upstream, damped, with_stats, backend, *rule
 ):
     """(loss [N], stats), and upstream [N] * dloss/dstudent written over the student logits.
 
@@ -77,6 +77,7 @@ def divergence_with_gradient(  # type: ignore[no-untyped-def]
             student,
             teacher,
             valid,
+            labels,
             Rule.unpack(rule),
             result,
             upstream=upstream,
@@ -87,7 +88,7 @@ def divergence_with_gradient(  # type: ignore[no-untyped-def]
 
 
 @divergence_with_gradient.register_fake
-def _(student, teacher, valid, upstream, damped, with_stats, *inputs):  # type: ignore[no-untyped-def]
+def _(student, teacher, valid, labels, upstream, damped, with_stats, *inputs):  # type: ignore[no-untyped-def]
     loss, _, stats = empty_result(student, with_stats)
     return loss, stats
 
@@ -105,15 +106,15 @@ def _(rows, factor, backend):  # type: ignore[no-untyped-def]
 
 
 def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    student, teacher, valid, _, *ctx.options = inputs
+    student, teacher, valid, labels, _, *ctx.options = inputs
     _, state, stats = output
     ctx.mark_non_differentiable(state, stats)
-    ctx.save_for_backward(student, teacher, valid, state)
+    ctx.save_for_backward(student, teacher, valid, labels, state)
 
 
 def _differentiate(ctx, upstream, _state, _stats):  # type: ignore[no-untyped-def]
     gradient = divergence_backward(upstream, *ctx.saved_tensors, *ctx.options)
-    return gradient, *[None] * (3 + len(ctx.options))
+    return gradient, *[None] * (4 + len(ctx.options))
 
 
 def refuse(*_: object) -> NoReturn:
@@ -134,7 +135,7 @@ class InPlaceDivergence(torch.autograd.Function):
     one: the gradient is rounded once."""
 
     @staticmethod
-    def forward(ctx, student, teacher, valid, factor, rule, with_stats, backend):  # type: ignore[no-untyped-def]
+    def forward(ctx, student, teacher, valid, labels, factor, rule, with_stats, backend):  # type: ignore[no-untyped-def]
         damped = student.dtype == torch.float16
         scale, rest = factor, None  # what the gradient has of the factor, and what it lacks
         if damped:
@@ -144,7 +145,8 @@ class InPlaceDivergence(torch.autograd.Function):
             scale = factor / rest
         n = student.shape[0] * student.shape[1]
         loss, stats = divergence_with_gradient(
-            student, teacher, valid, scale.expand(n), damped, with_stats, backend, *rule.pack()
+            *(student, teacher, valid, labels, scale.expand(n), damped, with_stats, backend),
+            *rule.pack(),
         )
         if rest is not None:
             rest = rest * damping(loss)
@@ -161,4 +163,4 @@ class InPlaceDivergence(torch.autograd.Function):
         gradient = gradient.detach()
         factor = upstream if rest is None else upstream * rest
         rescale(gradient.view(-1, gradient.shape[-1]), factor, ctx.backend)
-        return gradient, *[None] * 6
+        return gradient, *[None] * 7

@@ -40,6 +40,17 @@ class CommonOptions(TypedDict, total=False):
     """The options that every loss has."""
 
     temperature: Annotated[float, Option(1.0, "T > 0 of both distributions", _positive)]
+    kd_ratio: Annotated[
+        float,
+        Option(
+            1.0,
+            "in [0, 1]: the loss is `kd_ratio * divergence + (1 - kd_ratio) * cross_entropy`, the "
+            "latter of the student at T = 1 with the labels, which then have to be tokens. A label "
+            "that is none is refused on a CPU, and makes its row NaN on a GPU, which nobody waits "
+            "for",
+            partial(checks.check_number, above=0.0, below=1.0, closed=True),
+        ),
+    ]
     student_softcap: Annotated[
         float | None,
         Option(
@@ -112,7 +123,7 @@ class CommonOptions(TypedDict, total=False):
         bool,
         Option(
             False,
-            "multiply loss and gradient by T^2 (Hinton et al., arXiv 1503.02531)",
+            "multiply the divergence by T^2 (Hinton et al., arXiv 1503.02531)",
             checks.check_flag,
         ),
     ]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +30,9 @@ class ReferenceResult(NamedTuple):
     forward_kl: Tensor  # [N] KL(teacher || student)
     reverse_kl: Tensor  # [N] KL(student || teacher)
     gap: Tensor  # [N] sum |p - q|
+    student_entropy: Tensor  # [N] -sum q ln q
+    teacher_entropy: Tensor  # [N] -sum p ln p
+    top1_agreement: Tensor  # [N] 1 where some token is a most probable one on both sides, else 0
     g_head: Tensor  # [N] its share inside the head
     g_tail: Tensor  # [N] its share outside
     forward_weight: Tensor  # [N] w, the weight of forward_kl
@@ -112,6 +115,8 @@ def reference_adaptive_kl(
     reverse_kl = -(q * u).sum(-1)
     distance = (p - q).abs()
     gap = distance.sum(-1)
+    tops = [x == x.amax(-1, keepdim=True) for x in (teacher, student)]
+    agreement = (tops[0] & tops[1]).any(-1).to(dtype)
 
     if weight is None:
         order = teacher.argsort(dim=-1, descending=True, stable=True)
@@ -151,6 +156,9 @@ def reference_adaptive_kl(
         forward_kl=nan_where_broken(forward_kl),
         reverse_kl=nan_where_broken(reverse_kl),
         gap=nan_where_broken(gap),
+        student_entropy=nan_where_broken(torch.special.entr(q).sum(-1)),
+        teacher_entropy=nan_where_broken(torch.special.entr(p).sum(-1)),
+        top1_agreement=nan_where_broken(agreement),
         g_head=nan_where_broken(g_head),
         g_tail=nan_where_broken(g_tail),
         forward_weight=nan_where_broken(w),
@@ -193,6 +201,9 @@ def reference_divergence(
         alpha_beta (a, b)               (a p^l + b q^l - l p^a q^b) / (a b l), l = a + b
         todi ()                         (p - q) u
         jeffreys ()                     (p - q) u
+        entropy_switch (tau)            [H(p) > tau] p u - q u, with the entropy H(p) = -sum p ln p
+        lk_hybrid (eta)                 w p u + (1 - w) |p - q| / 2, with w = exp(-eta (1 - TV))
+                                        constant, TV = sum |p - q| / 2
 
         Two of the gradients hold a part of the loss constant. With `detach`, skew_reverse_kl does
         so with m. The value of todi is that of v p u - (1 - v) q u with v = sigmoid(u) constant,
@@ -227,6 +238,8 @@ def reference_divergence(
         alpha: Amari, "Differential-Geometrical Methods in Statistics", 1985.
         alpha_beta: Wang et al. (ABKD), arXiv 2505.04560.
         todi: Jung et al. (ToDi), arXiv 2505.16297.
+        entropy_switch: Jin et al., arXiv 2603.07079.
+        lk_hybrid: Samarin et al. (LK losses), arXiv 2602.23881.
     Example:
         >>> teacher = torch.tensor([[0.75, 0.25]]).log()
         >>> student = torch.tensor([[0.5, 0.5]]).log()
@@ -234,8 +247,22 @@ def reference_divergence(
         >>> [round(x, 6) for x in (result.loss.item(), *result.grad[0].tolist())]
         [0.25, -0.25, 0.25]
     """
+    of_rows: dict[str, Callable[..., DivergenceResult]] = {
+        "entropy_switch": _entropy_switch,
+        "lk_hybrid": _lk_hybrid,
+    }
+    maps: dict[str, Any] = {
+        "temperature": temperature,
+        "student_softcap": student_softcap,
+        "teacher_softcap": teacher_softcap,
+        "student_logit_scale": student_logit_scale,
+        "teacher_logit_scale": teacher_logit_scale,
+        "dtype": dtype,
+    }
+    if divergence in of_rows:
+        return of_rows[divergence](student_logits, teacher_logits, **numbers, **maps)
     if divergence not in _DIVERGENCES:
-        names = ", ".join(_DIVERGENCES)
+        names = ", ".join((*_DIVERGENCES, *of_rows))
         raise ValueError(f"divergence: expected one of {names}, got {divergence!r}")
     student, teacher = shared_vocabulary(student_logits.detach(), teacher_logits.detach(), dtype)
     t = mapped_logits(teacher, teacher_softcap, teacher_logit_scale) / temperature
@@ -258,6 +285,82 @@ def reference_divergence(
         loss=phi.sum(-1).masked_fill(broken, torch.nan),
         grad=grad.masked_fill(broken[:, None], torch.nan)[:, : student_logits.shape[-1]],
         terms=sizes.amax(-1).masked_fill(broken, torch.nan),
+    )
+
+
+def reference_cross_entropy(
+    student_logits: Tensor,
+    labels: Tensor,
+    *,
+    student_softcap: float | None = None,
+    student_logit_scale: float = 1.0,
+    dtype: torch.dtype = torch.float64,
+) -> DivergenceResult:
+    """Cross-entropy of the student with the labels [N] at T = 1 in float64, with its gradient.
+
+    Math:
+        q = softmax(s), loss = -ln q_label, dloss/ds_j = q_j - [j = label]
+        s is softcap tanh(logit_scale x / softcap) of the input x, or logit_scale x without a
+        softcap, and the gradient is with respect to x; infinities stay.
+    Shape:
+        student_logits [N, V_s].
+    Dtype:
+        Any floating dtype; everything is computed and returned in `dtype`.
+    A row with NaN or +inf, or all -inf, is NaN throughout.
+
+    Reference:
+        Its weighted sum with a divergence: Hinton et al., arXiv 1503.02531, section 2.
+    Example:
+        >>> student = torch.tensor([[0.5, 0.25, 0.25]]).log()
+        >>> result = reference_cross_entropy(student, torch.tensor([1]))
+        >>> round(result.loss.item(), 4), [round(x, 2) for x in result.grad[0].tolist()]
+        (1.3863, [0.5, -0.75, 0.25])
+    """
+    x = student_logits.detach().to(dtype)
+    s = mapped_logits(x, student_softcap, student_logit_scale)
+    slope = mapped_slope(x, student_softcap, student_logit_scale)
+    at_label = F.one_hot(labels.long(), x.shape[-1]).to(dtype)
+    q = torch.softmax(s, dim=-1)
+    return DivergenceResult(
+        loss=-torch.log_softmax(s, dim=-1).gather(-1, labels.long()[:, None]).squeeze(-1),
+        grad=(q - at_label) * slope,
+        terms=((q + at_label) * slope).amax(-1),
+    )
+
+
+def _mixture(parts: list[tuple[Tensor, Tensor, Tensor, Tensor]]) -> DivergenceResult:
+    """The sum of weights [N] times losses, for parts (weight, loss, grad, terms)."""
+    loss, grad, terms = (
+        sum(part[0].view(-1, *[1] * (part[k].dim() - 1)) * part[k] for part in parts)
+        for k in (1, 2, 3)
+    )
+    return DivergenceResult(loss, grad, terms)  # type: ignore[arg-type]
+
+
+def _entropy_switch(
+    student: Tensor, teacher: Tensor, *, tau: float, **maps: Any
+) -> DivergenceResult:
+    forward, reverse = (
+        reference_adaptive_kl(student, teacher, weight=weight, **maps) for weight in (1.0, 0.0)
+    )
+    weight = (forward.teacher_entropy > tau).to(forward.loss.dtype)
+    return _mixture(
+        [
+            (weight, forward.loss, forward.grad, forward.terms),
+            (torch.ones_like(weight), reverse.loss, reverse.grad, reverse.terms),
+        ]
+    )
+
+
+def _lk_hybrid(student: Tensor, teacher: Tensor, *, eta: float, **maps: Any) -> DivergenceResult:
+    forward = reference_adaptive_kl(student, teacher, weight=1.0, **maps)
+    variation = reference_divergence(student, teacher, "total_variation", **maps)
+    weight = torch.exp(-eta * (1.0 - variation.loss))
+    return _mixture(
+        [
+            (weight, forward.loss, forward.grad, forward.terms),
+            (1.0 - weight, variation.loss, variation.grad, variation.terms),
+        ]
     )
 
 

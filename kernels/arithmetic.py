@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 LN2 = tl.constexpr(0.6931471805599453)
+LOG2E = tl.constexpr(1.4426950408889634)
 # Finite logits so negative that scaling makes them -inf are held here, to keep 0 * u finite.
 LOWEST = tl.constexpr(-(2.0**127))
 # The largest number of bf16, so that it is finite in every dtype of that range.

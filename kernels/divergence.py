@@ -1,48 +1,41 @@
-"""Divergence: both KL sums, the gap and its share in the head, with both normalisers known.
+"""Divergence: the sums that are not linear in p and q, with both normalisers known.
 
-    u_i = ln p_i - ln q_i
-    forward_kl = sum p_i u_i        reverse_kl = -sum q_i u_i
     gap = sum |p_i - q_i|           g_head = the same over the head
-    w = g_head / gap                loss = w forward_kl + (1 - w) reverse_kl
+    w = g_head / gap                the weight of the forward KL, whose sums the statistics gave
 
-The sums run on logarithms to base 2 that are off by a constant of the row, the rounding of its lse
-(`normalisers`); the constant is put back at the end. A token that is -inf on either side
-counts in the gap and adds nothing to the KL sums. Full blocks do not look for it: it makes a sum
-infinite or NaN, and such a row is swept again with the edge block's code everywhere.
+A token that is -inf on either side counts in the gap.
 
-A divergence that is a sum of terms (see terms.py) has sums of its own, of x and g; it makes those
-above only where they are asked for as statistics.
+A divergence that is a sum of terms (see terms.py) has sums of its own, of x and g, and a gap only
+where it is asked for as a statistic. They run on logarithms to base 2 that are off by a constant of
+the row, the rounding of its lse (`normalisers`). Full blocks do not look for tokens that are -inf:
+these make a sum infinite or NaN, and the row is swept again with the edge block's code everywhere.
 """
 
 import triton
 import triton.language as tl
 
-from .arithmetic import LN2, LOWEST, next_above, scaled
+from .arithmetic import next_above, scaled
 from .blocks import UNROLL, edge_block, edge_count, load_edge, load_full, row_base
 from .statistics import normalisers
 from .terms import careful_terms, log_ratio
 
-SUMS = tl.constexpr(9)  # of `_add_terms`
+SUMS = tl.constexpr(7)  # of `_add_terms`
 
 
 @triton.jit
 def _add_terms(
-    sums, t, p, q, u, ratio, crossing,
+    sums, t, p, q, ratio, crossing,
     least,  # logits from here on belong to the head in this block
     x, g,  # of the terms
     HAS_HEAD: tl.constexpr, STABLE: tl.constexpr,
-    FORWARD: tl.constexpr, REVERSE: tl.constexpr, STATS: tl.constexpr, TERMS: tl.constexpr,
+    STATS: tl.constexpr, TERMS: tl.constexpr,
 ):  # fmt: skip
-    """Add a block to the sums of p u, q u and |p - q|, of |p - q| over the head and over the ties,
-    to the counts of both, and to the sums of a divergence's terms."""
-    forward, reverse, gap, head, ties, head_count, tie_count, sum_x, sum_g = sums
+    """Add a block to the sums of |p - q| over all tokens, over the head and over the ties, to the
+    counts of both, and to the sums of a divergence's terms."""
+    gap, head, ties, head_count, tie_count, sum_x, sum_g = sums
     if TERMS is not None:
         sum_x += x
         sum_g += g
-    if FORWARD:
-        forward += p * u
-    if REVERSE:
-        reverse += q * u
     if HAS_HEAD or STATS:
         distance = tl.abs(p - ratio * q)
         gap += distance
@@ -53,7 +46,7 @@ def _add_terms(
         if not STABLE:
             ties += tl.where(t == crossing, distance, 0.0)
             tie_count += (t == crossing).to(tl.float32)
-    return forward, reverse, gap, head, ties, head_count, tie_count, sum_x, sum_g
+    return gap, head, ties, head_count, tie_count, sum_x, sum_g
 
 
 @triton.jit
@@ -65,29 +58,24 @@ def row_divergence(
     forward_weight,  # w where there is no head
     a, b, keep_p, keep_q,  # of the terms: their numbers, and whether an entry of one side counts
     HAS_HEAD: tl.constexpr, STABLE: tl.constexpr,
-    FORWARD: tl.constexpr, REVERSE: tl.constexpr, STATS: tl.constexpr,
-    TERMS: tl.constexpr, ONE_SCALE: tl.constexpr,  # of `log_ratio`
+    STATS: tl.constexpr, TERMS: tl.constexpr, ONE_SCALE: tl.constexpr,  # of `log_ratio`
     S_ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """(forward_kl, reverse_kl, w, gap, head_size, kept_p, kept_q, total_x, total_g, full_end)
+    """(w, gap, head_size, total_x, total_g, full_end)
 
-    kept_p and kept_q are the masses of the tokens that are finite on both sides, and blocks
-    1 .. full_end-1 hold no others. total_x and total_g are the sums of the terms, in bits."""
+    total_x and total_g are the sums of the terms, in bits, of which blocks 1 .. full_end-1 hold
+    entries that are finite on both sides."""
     columns = tl.arange(0, BLOCK)
     lse_t, lse_s, factor_t, factor_s, shift = normalisers(reference_t, z_t, reference_s, z_s)
     ratio = tl.exp2(-shift)
     above_crossing = next_above(crossing)
 
     blocks = tl.cdiv(tl.maximum(end_t, end_s), BLOCK)
-    forward_kl = 0.0
-    reverse_kl = 0.0
     gap = 0.0
     g_head = 0.0
     g_ties = 0.0
     ties = 0.0
     size = 0.0
-    dropped_p = 0.0
-    dropped_q = 0.0
     total_x = 0.0
     total_g = 0.0
     sweeps = 2
@@ -95,8 +83,6 @@ def row_divergence(
         sums = ()
         for _ in tl.static_range(SUMS):
             sums = sums + (tl.zeros((BLOCK,), tl.float32),)
-        lost_p = tl.zeros((BLOCK,), tl.float32)
-        lost_q = tl.zeros((BLOCK,), tl.float32)
         # From the end, which the statistics left in the L2. Ties belong to the head in the blocks
         # before the cut, and not from there on.
         turn = tl.minimum(tl.maximum(cut // BLOCK, 1), full_end)
@@ -112,14 +98,12 @@ def row_divergence(
                 log_q = scaled(s, scale_s, gain_s, lse_s)
                 p = tl.exp2(log_p)
                 q = tl.exp2(log_q)
-                u = log_p - log_q
                 x, g = p, q
                 if TERMS is not None:
                     exact_u = log_ratio(t, s, log_p, log_q, scale_t, lse_t, lse_s, shift, ONE_SCALE)
                     x, g = TERMS(log_p, log_q, exact_u, factor_t, factor_s, a, b, False)
                 sums = _add_terms(
-                    sums, t, p, q, u, ratio, crossing, least, x, g,
-                    HAS_HEAD, STABLE, FORWARD, REVERSE, STATS, TERMS,
+                    sums, t, p, q, ratio, crossing, least, x, g, HAS_HEAD, STABLE, STATS, TERMS
                 )  # fmt: skip
         base_t = row_base(t_row, lead, end_t, gain_t, full_end, BLOCK)
         base_s = row_base(s_row, lead, end_s, gain_s, full_end, BLOCK)
@@ -132,31 +116,21 @@ def row_divergence(
             log_q = scaled(s, scale_s, gain_s, lse_s, base_s)
             p = tl.exp2(log_p)
             q = tl.exp2(log_q)
-            kept = (t > float("-inf")) & (s > float("-inf"))
-            u = tl.where(kept, tl.maximum(log_p, LOWEST) - tl.maximum(log_q, LOWEST), 0.0)
             x, g = p, q
             if TERMS is not None:
                 x, g = careful_terms(
                     t, s, log_p, log_q, shift, factor_t, factor_s, a, b, keep_p, keep_q, TERMS
                 )
-            lost_p += tl.where(kept, 0.0, p)
-            lost_q += tl.where(kept, 0.0, q)
             least = tl.where((block + 1) * BLOCK <= cut, crossing, above_crossing)
             sums = _add_terms(
-                sums, t, p, q, u, ratio, crossing, least, x, g,
-                HAS_HEAD, STABLE, FORWARD, REVERSE, STATS, TERMS,
+                sums, t, p, q, ratio, crossing, least, x, g, HAS_HEAD, STABLE, STATS, TERMS
             )  # fmt: skip
         totals = ()
         for i in tl.static_range(SUMS):
             totals = totals + (tl.sum(sums[i], axis=0),)
-        forward_kl, reverse_kl, gap, g_head, g_ties, size, ties, total_x, total_g = totals
-        dropped_p = tl.sum(lost_p, axis=0)
-        dropped_q = tl.sum(lost_q, axis=0)
+        gap, g_head, g_ties, size, ties, total_x, total_g = totals
         sweeps -= 1
-        magnitude = tl.abs(forward_kl) + tl.abs(reverse_kl)
-        if TERMS is not None:
-            magnitude += tl.abs(total_x) + tl.abs(total_g)
-        if magnitude < float("inf"):
+        if TERMS is None or tl.abs(total_x) + tl.abs(total_g) < float("inf"):
             sweeps = 0
         elif sweeps > 0:
             full_end = tl.minimum(full_end, 1)
@@ -183,14 +157,4 @@ def row_divergence(
         forward_weight = tl.where(gap == 0.0, 0.5, forward_weight)
     else:
         size = float("nan")
-    kept_p = 1.0 - factor_t * dropped_p
-    kept_q = 1.0 - factor_s * dropped_q
-    # The sweep's u lacks the shift. LN2 first: a sum next to the largest number stays finite.
-    forward_kl = LN2 * factor_t * forward_kl + LN2 * shift * kept_p
-    reverse_kl = -(LN2 * factor_s * reverse_kl + LN2 * shift * kept_q)
-    total_x *= factor_t
-    total_g *= factor_s
-    return (
-        forward_kl, reverse_kl, forward_weight, factor_t * gap, size, kept_p, kept_q,
-        total_x, total_g, full_end,
-    )  # fmt: skip
+    return forward_weight, factor_t * gap, size, factor_t * total_x, factor_s * total_g, full_end

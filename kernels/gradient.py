@@ -1,16 +1,23 @@
-"""Gradient of the loss with respect to the student logits, w held constant.
+"""Gradient of the loss with respect to the student logits, the weights of the KLs held constant.
 
-    dL/ds_j = (w (kept_p q_j - p_j) + (1 - w) q_j (1 - u_j - reverse_kl - kept_q)) / T
-    dL/ds_j = q_j (w kept_p - (1 - w) (reverse_kl + kept_q)) / T        where t_j or s_j is -inf
+Of the two KLs, with w_f and w_r the weights of the forward and of the reverse one,
+
+    dL/ds_j = (w_f (kept_p q_j - p_j) + w_r q_j (1 - u_j - reverse_kl - kept_q)) / T
+    dL/ds_j = q_j (w_f kept_p - w_r (reverse_kl + kept_q)) / T          where t_j or s_j is -inf
 
 or of a divergence that is a sum of terms, with G = sum g,
 
     dL/ds_j = (g_j - q_j G) / T
 
 all times the derivative of the student's logit: its scale, and the slope of its softcap. With
-everything that is constant in a row folded into five coefficients this is
+everything that is constant in a row folded into coefficients this is
 
     ds_j = q_j (slope (log2 p_j - log2 q_j) + offset) - teacher p_j     or      q_j lost
+    ds_j = rate g_j - q_j pull - teacher p_j      where teacher is of a forward KL that is mixed in
+
+The cross-entropy adds softmax(s)_j - [j = label], T = 1, times its weight. Where the divergence has
+T = 1 as well the first of these is a part of offset, lost and pull; the second is one entry, which
+is found before the sweep and written behind it.
 """
 
 import triton
@@ -18,7 +25,7 @@ import triton.language as tl
 
 from .arithmetic import LARGEST, LN2, LOWEST, held, rounded_sum, scaled, softcap_slope
 from .blocks import UNROLL, block_offsets, edge_block, edge_count, load_edge, load_full, row_base
-from .statistics import normalisers
+from .cross_entropy import is_token
 from .terms import careful_terms, log_ratio
 
 # The last time that a row is used: the L2 may drop it before rows that are swept again.
@@ -31,23 +38,21 @@ COEFFICIENT_LIMIT = tl.constexpr(2.0**64)
 
 
 @triton.jit
-def gradient_coefficients(
-    reference_t, z_t, reference_s, z_s, forward_weight, reverse_kl, kept_p, kept_q, rate
-):
-    """(lse_t, lse_s, slope, offset, teacher, lost) of the formulas above."""
-    lse_t, lse_s, factor_t, factor_s, shift = normalisers(reference_t, z_t, reference_s, z_s)
-    rest = 1.0 - forward_weight
-    common = forward_weight * kept_p - rest * (reverse_kl + kept_q)
+def kl_coefficients(
+    factor_t, factor_s, shift,  # of `normalisers`
+    forward_weight, reverse_weight, reverse_kl, kept_p, kept_q, rate,
+    of_label,  # by which q is multiplied for the cross-entropy
+):  # fmt: skip
+    """(slope, offset, teacher, lost) of the formulas above."""
+    common = forward_weight * kept_p - reverse_weight * (reverse_kl + kept_q)
     student = factor_s * rate
-    slope = -rest * LN2 * student
-    offset = (common + rest - rest * LN2 * shift) * student
+    slope = -reverse_weight * LN2 * student
+    offset = (common + reverse_weight - reverse_weight * LN2 * shift) * student
     return (
-        lse_t,
-        lse_s,
         held(slope, LARGEST_COEFFICIENT),
-        held(offset, LARGEST_COEFFICIENT),
+        held(offset + of_label, LARGEST_COEFFICIENT),
         held(forward_weight * factor_t * rate, LARGEST_COEFFICIENT),
-        held(common * student, LARGEST_COEFFICIENT),
+        held(common * student + of_label, LARGEST_COEFFICIENT),
     )
 
 
@@ -74,38 +79,116 @@ def damping(loss):
 
 
 @triton.jit
+def _edge_gradient(
+    t_row, s_row, offsets, lead, end_t, end_s, scale_t, gain_t, scale_s, gain_s, scale_1,
+    base_t, base_s, lse_t, lse_s, lse_1, c0, c1, c2, c3, c4, c5, of_label, at_label, label_rate,
+    a, b, keep_p, keep_q,
+    TERMS: tl.constexpr, HYBRID: tl.constexpr, HAS_LABELS: tl.constexpr, UNTEMPERED: tl.constexpr,
+):  # fmt: skip
+    """ds at any offsets, by the code that knows -inf, what is beyond fp32, and the label."""
+    t = load_edge(t_row, offsets, lead, end_t)
+    s = load_edge(s_row, offsets, lead, end_s)
+    log_p = scaled(t, scale_t, gain_t, lse_t, base_t)
+    log_q = scaled(s, scale_s, gain_s, lse_s, base_s)
+    q = tl.exp2(log_q)
+    kept = (t > float("-inf")) & (s > float("-inf"))
+    if TERMS is not None:
+        rate, total, shift, factor_s = c0, c1, c2, c3
+        factor_t = factor_s * tl.exp2(shift)
+        _, g = careful_terms(
+            t, s, log_p, log_q, shift, factor_t, factor_s, a, b, keep_p, keep_q, TERMS
+        )
+        ds = rate * held(g - q * total, LARGEST_COEFFICIENT)
+        if HYBRID:
+            ds += q * c5 - tl.where(kept, c4 * tl.exp2(log_p), 0.0)
+        if HAS_LABELS and not UNTEMPERED:
+            ds += q * of_label
+    else:
+        slope, offset, teacher, lost = c0, c1, c2, c3
+        u = tl.maximum(log_p, LOWEST) - tl.maximum(log_q, LOWEST)
+        both = q * (slope * u + offset) - teacher * tl.exp2(log_p)
+        ds = tl.where(kept, both, q * lost)
+    if UNTEMPERED:
+        ds += tl.exp2(scaled(s, scale_1, gain_s, lse_1, base_s)) * of_label
+    if HAS_LABELS:
+        ds -= tl.where(offsets == at_label, label_rate, 0.0)
+    ds = held(ds, LARGEST)
+    if gain_s is not None:
+        ds *= softcap_slope(s, gain_s)
+    return ds
+
+
+@triton.jit
 def row_gradient(
     ds_row,  # gradient of the row, offset 0; may be s_row
     t_row, s_row, lead, end_t, end_s,
-    scale_t, gain_t, scale_s, gain_s,  # of `scaled`
+    scale_t, gain_t, scale_s, gain_s, scale_1,  # of `scaled`
     full_end,  # of the divergence
-    lse_t, lse_s, slope, offset, teacher, lost,
-    REVERSE: tl.constexpr,
+    lse_t, lse_s, lse_1,
+    c0, c1, c2, c3,  # slope, offset, teacher, lost; of terms rate, G, shift, factor_s
+    c4, c5,  # of the forward KL that is mixed with terms: by which p and q are multiplied
+    of_label,  # by which softmax(s), T = 1, is multiplied, where it is not in c1 and c3
+    label, label_rate,  # by which 1 is, at the label
+    a, b, keep_p, keep_q,  # of the terms
+    FORWARD: tl.constexpr, REVERSE: tl.constexpr,  # whether their weights may be other than 0
+    TERMS: tl.constexpr, HYBRID: tl.constexpr, ONE_SCALE: tl.constexpr,  # of `log_ratio`
+    HAS_LABELS: tl.constexpr, UNTEMPERED: tl.constexpr,
     S_ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Write ds of one row; blocks 1 .. full_end-1 are finite on both sides."""
     columns = tl.arange(0, BLOCK)
-    slope = held(slope, LARGEST_COEFFICIENT)
-    offset = held(offset, LARGEST_COEFFICIENT)
-    teacher = held(teacher, LARGEST_COEFFICIENT)
-    lost = held(lost, LARGEST_COEFFICIENT)
-    moderate = (tl.abs(slope) < COEFFICIENT_LIMIT) & (tl.abs(offset) < COEFFICIENT_LIMIT)
+    c0 = held(c0, LARGEST_COEFFICIENT)
+    c1 = held(c1, LARGEST_COEFFICIENT)
+    pull = 0.0
+    factor_t = 0.0
+    if TERMS is not None:
+        pull = c0 * c1
+        if HYBRID:
+            pull -= c5
+        if HAS_LABELS and not UNTEMPERED:
+            pull -= of_label
+        factor_t = c3 * tl.exp2(c2)
+    else:
+        c2 = held(c2, LARGEST_COEFFICIENT)
+        c3 = held(c3, LARGEST_COEFFICIENT)
+    moderate = (tl.abs(c0) < COEFFICIENT_LIMIT) & (tl.abs(c1) < COEFFICIENT_LIMIT)
+    moderate = moderate & (tl.abs(pull) < COEFFICIENT_LIMIT)
     full_end = tl.where(moderate, full_end, tl.minimum(full_end, 1))
-    if REVERSE:
-        lse_t, lse_s, slope, offset, teacher, lost = _lifted(
-            lse_t, lse_s, slope, offset, teacher, lost
-        )
+    if REVERSE and TERMS is None:
+        lse_t, lse_s, c0, c1, c2, c3 = _lifted(lse_t, lse_s, c0, c1, c2, c3)
+    at_label = lead + label + tl.arange(0, 1)
+    ds_of_label = tl.zeros((1,), tl.float32)
+    if HAS_LABELS:
+        ds_of_label = _edge_gradient(
+            t_row, s_row, at_label, lead, end_t, end_s, scale_t, gain_t, scale_s, gain_s, scale_1,
+            row_base(t_row, lead, end_t, gain_t, full_end, BLOCK),
+            row_base(s_row, lead, end_s, gain_s, full_end, BLOCK),
+            lse_t, lse_s, lse_1, c0, c1, c2, c3, c4, c5, of_label, at_label,
+            label_rate, a, b, keep_p, keep_q, TERMS, HYBRID, HAS_LABELS, UNTEMPERED,
+        )  # fmt: skip
+        tl.debug_barrier()  # ds may be s: nobody writes before this is read
     # Loads stay behind the stores before them (ds may be s): a longer turn takes no registers.
     for block in tl.range(1, full_end, loop_unroll_factor=2 * UNROLL):
         t = load_full(t_row, block, True, BLOCK, DONE)
         s = load_full(s_row, block, S_ALIGNED, BLOCK, DONE)
         log_p = scaled(t, scale_t, gain_t, lse_t)
         log_q = scaled(s, scale_s, gain_s, lse_s)
-        factor = offset
-        if REVERSE:
-            factor = slope * (log_p - log_q) + offset
-        ds = tl.exp2(log_q) * factor - teacher * tl.exp2(log_p)
+        if TERMS is not None:
+            u = log_ratio(t, s, log_p, log_q, scale_t, lse_t, lse_s, c2, ONE_SCALE)
+            _, g = TERMS(log_p, log_q, u, factor_t, c3, a, b, False)
+            ds = c0 * g - tl.exp2(log_q) * pull
+            if HYBRID:
+                ds -= c4 * tl.exp2(log_p)
+        else:
+            factor = c1
+            if REVERSE:
+                factor = c0 * (log_p - log_q) + c1
+            ds = tl.exp2(log_q) * factor
+            if FORWARD:
+                ds -= c2 * tl.exp2(log_p)
+        if UNTEMPERED:
+            ds += tl.exp2(scaled(s, scale_1, gain_s, lse_1)) * of_label
         if gain_s is not None:
             ds *= softcap_slope(s, gain_s)
         ds = ds.to(ds_row.dtype.element_ty)
@@ -114,67 +197,14 @@ def row_gradient(
     base_s = row_base(s_row, lead, end_s, gain_s, full_end, BLOCK)
     for edge in range(0, edge_count(full_end, tl.cdiv(end_s, BLOCK))):
         offsets = edge_block(edge, full_end) * BLOCK + columns
-        t = load_edge(t_row, offsets, lead, end_t)
-        s = load_edge(s_row, offsets, lead, end_s)
-        log_p = scaled(t, scale_t, gain_t, lse_t, base_t)
-        log_q = scaled(s, scale_s, gain_s, lse_s, base_s)
-        q = tl.exp2(log_q)
-        kept = (t > float("-inf")) & (s > float("-inf"))
-        u = tl.maximum(log_p, LOWEST) - tl.maximum(log_q, LOWEST)
-        both = q * (slope * u + offset) - teacher * tl.exp2(log_p)
-        ds = held(tl.where(kept, both, q * lost), LARGEST)
-        if gain_s is not None:
-            ds *= softcap_slope(s, gain_s)
+        ds = _edge_gradient(
+            t_row, s_row, offsets, lead, end_t, end_s, scale_t, gain_t, scale_s, gain_s, scale_1,
+            base_t, base_s, lse_t, lse_s, lse_1, c0, c1, c2, c3, c4, c5, of_label, at_label,
+            label_rate, a, b, keep_p, keep_q, TERMS, HYBRID, HAS_LABELS, UNTEMPERED,
+        )  # fmt: skip
         inside = (offsets >= lead) & (offsets < end_s)
         tl.store(ds_row + offsets, ds.to(ds_row.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def row_gradient_of_terms(
-    ds_row,  # gradient of the row, offset 0; may be s_row
-    t_row, s_row, lead, end_t, end_s,
-    scale_t, gain_t, scale_s, gain_s,  # of `scaled`
-    full_end,  # of the divergence
-    lse_t, lse_s, shift, factor_s,  # of `normalisers`
-    rate,  # by which g_j - q_j G is multiplied
-    total,  # G
-    a, b, keep_p, keep_q,  # of the terms
-    TERMS: tl.constexpr, ONE_SCALE: tl.constexpr,  # of `log_ratio`
-    S_ALIGNED: tl.constexpr,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Write ds = rate (g - q G) of one row; blocks 1 .. full_end-1 are finite on both sides."""
-    columns = tl.arange(0, BLOCK)
-    rate = held(rate, LARGEST_COEFFICIENT)
-    total = held(total, LARGEST_COEFFICIENT)
-    factor_t = factor_s * tl.exp2(shift)
-    moderate = (tl.abs(rate) < COEFFICIENT_LIMIT) & (tl.abs(total) < COEFFICIENT_LIMIT)
-    full_end = tl.where(moderate, full_end, tl.minimum(full_end, 1))
-    for block in tl.range(1, full_end, loop_unroll_factor=2 * UNROLL):
-        t = load_full(t_row, block, True, BLOCK, DONE)
-        s = load_full(s_row, block, S_ALIGNED, BLOCK, DONE)
-        log_p = scaled(t, scale_t, gain_t, lse_t)
-        log_q = scaled(s, scale_s, gain_s, lse_s)
-        u = log_ratio(t, s, log_p, log_q, scale_t, lse_t, lse_s, shift, ONE_SCALE)
-        _, g = TERMS(log_p, log_q, u, factor_t, factor_s, a, b, False)
-        ds = rate * (g - tl.exp2(log_q) * total)
-        if gain_s is not None:
-            ds *= softcap_slope(s, gain_s)
-        ds = ds.to(ds_row.dtype.element_ty)
-        tl.store(ds_row + block_offsets(block, BLOCK), ds, eviction_policy=DONE)
-    base_t = row_base(t_row, lead, end_t, gain_t, full_end, BLOCK)
-    base_s = row_base(s_row, lead, end_s, gain_s, full_end, BLOCK)
-    for edge in range(0, edge_count(full_end, tl.cdiv(end_s, BLOCK))):
-        offsets = edge_block(edge, full_end) * BLOCK + columns
-        t = load_edge(t_row, offsets, lead, end_t)
-        s = load_edge(s_row, offsets, lead, end_s)
-        log_p = scaled(t, scale_t, gain_t, lse_t, base_t)
-        log_q = scaled(s, scale_s, gain_s, lse_s, base_s)
-        _, g = careful_terms(
-            t, s, log_p, log_q, shift, factor_t, factor_s, a, b, keep_p, keep_q, TERMS
-        )
-        ds = held(rate * held(g - tl.exp2(log_q) * total, LARGEST_COEFFICIENT), LARGEST)
-        if gain_s is not None:
-            ds *= softcap_slope(s, gain_s)
-        inside = (offsets >= lead) & (offsets < end_s)
-        tl.store(ds_row + offsets, ds.to(ds_row.dtype.element_ty), mask=inside)
+    if HAS_LABELS:
+        tl.debug_barrier()
+        known = is_token(label, lead, end_s)
+        tl.store(ds_row + at_label, ds_of_label.to(ds_row.dtype.element_ty), mask=known)

@@ -22,18 +22,23 @@ def forward(
     student: torch.Tensor,  # [outer, inner, V_s] fp32 | bf16 | fp16, unit stride in V
     teacher: torch.Tensor,  # [outer, inner, V_t]
     valid: torch.Tensor | None,  # [N] bool, N = outer * inner
+    labels: torch.Tensor | None,  # [N] int32 | int64, or None without a cross-entropy
     loss: torch.Tensor,  # [N] fp32
-    state: torch.Tensor | None,  # [N, 8] fp32, or None with a gradient
-    stats: torch.Tensor | None,  # [N, 6] fp32, or None where nobody asks
+    state: torch.Tensor | None,  # [N, 10] fp32, or None with a gradient
+    stats: torch.Tensor | None,  # [N, 10] fp32, or None where nobody asks
     *,
     mu: float,
     temperature: float,
     inclusive: bool,
     stable: bool,
-    weight: float | None,  # None: adaptive
+    weight: float | None,  # None: each token has its own, by its head or by tau
+    tau: float | None = None,  # the entropy of the teacher above which there is a forward KL
+    divergence_weight: float = 1.0,
+    label_weight: float = 0.0,
     terms: Callable | None = None,  # of terms.py, in the place of the weighted KLs
     numbers: tuple[float, ...] = (),  # of the terms, at most two
     limits: tuple[bool, bool] = (True, True),  # whether the terms have one at (p, 0), at (0, q)
+    eta: float | None = None,  # of the forward KL that is mixed with the terms
     student_softcap: float | None = None,  # logit = softcap tanh(logit_scale x / softcap)
     teacher_softcap: float | None = None,
     student_logit_scale: float = 1.0,
@@ -46,34 +51,51 @@ def forward(
     maps = _maps(
         temperature, student_softcap, teacher_softcap, student_logit_scale, teacher_logit_scale
     )
+    has_head = weight is None and terms is None and tau is None
     kernel = tuned_forward() if _autotuning() else forward_kernel
     with _device_of(student):
         kernel[(loss.shape[0],)](
             s_ptr=student,
             t_ptr=teacher,
             valid_ptr=valid,
+            labels_ptr=labels,
             loss_ptr=loss,
             state_ptr=state,
             stats_ptr=stats,
             ds_ptr=gradient,
             upstream_ptr=upstream,
             stride_upstream=0 if upstream is None else upstream.stride(0),
-            rate=_fp32(student_logit_scale / temperature),
+            rate=_fp32(divergence_weight * student_logit_scale / temperature),
+            label_rate=_fp32(label_weight * student_logit_scale),
             **maps,
             mu=mu,
-            forward_weight=0.0 if weight is None else weight,
+            tau=tau or 0.0,
+            eta=eta or 0.0,
+            # A sum of terms has none: its statistic is NaN.
+            forward_weight=(weight or 0.0) if terms is None else float("nan"),
+            divergence_weight=divergence_weight,
+            label_weight=label_weight,
             **_of_terms(terms, numbers, limits, maps),
-            HAS_HEAD=weight is None and terms is None,
+            HAS_HEAD=has_head,
+            SWITCHES=tau is not None,
+            HYBRID=eta is not None,
             INCLUSIVE=inclusive,
             STABLE=stable,
-            FORWARD=(terms is None and weight != 0.0) or stats is not None,
+            FORWARD=stats is not None or (weight != 0.0 if terms is None else eta is not None),
             REVERSE=(terms is None and weight != 1.0) or stats is not None,
             STATS=stats is not None,
+            **_cross_entropy(labels, temperature),
             HAS_MASK=valid is not None,
             HAS_GRADIENT=gradient is not None,
             DAMPED=damped,
             **_addressing(student, teacher, student if gradient is None else gradient),
-            **_registers("terms" if terms else "adaptive" if weight is None else "fixed weight"),
+            **_registers(
+                "head or statistics"
+                if stats is not None or has_head
+                else "terms"
+                if terms
+                else "fixed weight"
+            ),
         )
 
 
@@ -82,14 +104,17 @@ def backward(
     student: torch.Tensor,  # [outer, inner, V_s]
     teacher: torch.Tensor,  # [outer, inner, V_t]
     valid: torch.Tensor | None,  # [N] bool
-    state: torch.Tensor,  # [N, 8] fp32 of forward
+    labels: torch.Tensor | None,  # [N] int32 | int64
+    state: torch.Tensor,  # [N, 10] fp32 of forward
     upstream: torch.Tensor,  # [N] fp32, any stride
     *,
     temperature: float,
-    reverse: bool,  # False where w is 1
+    weight: float | None,  # as in `forward`
+    label_weight: float = 0.0,
     terms: Callable | None = None,  # as in `forward`
     numbers: tuple[float, ...] = (),
     limits: tuple[bool, bool] = (True, True),
+    eta: float | None = None,
     student_softcap: float | None = None,
     teacher_softcap: float | None = None,
     student_logit_scale: float = 1.0,
@@ -107,12 +132,17 @@ def backward(
             s_ptr=student,
             t_ptr=teacher,
             valid_ptr=valid,
+            labels_ptr=labels,
             state_ptr=state,
             upstream_ptr=upstream,
             stride_upstream=upstream.stride(0),
+            label_rate=_fp32(label_weight * student_logit_scale),
             **maps,
             **_of_terms(terms, numbers, limits, maps),
-            REVERSE=reverse,
+            FORWARD=weight != 0.0,
+            REVERSE=weight != 1.0,
+            HYBRID=eta is not None,
+            **_cross_entropy(labels, temperature),
             HAS_MASK=valid is not None,
             **_addressing(student, teacher, gradient),
             **_registers(
@@ -153,7 +183,16 @@ def _maps(
     ):
         arguments[f"scale_{side}"] = _fp32(LOG2E * (softcap or logit_scale) / temperature)
         arguments[f"gain_{side}"] = None if softcap is None else _fp32(logit_scale / softcap)
+    arguments["scale_1"] = _fp32(LOG2E * (student_softcap or student_logit_scale))
     return arguments
+
+
+def _cross_entropy(labels, temperature) -> dict:
+    """Whether there is one, and whether its softmax is another than q."""
+    return {
+        "HAS_LABELS": labels is not None,
+        "UNTEMPERED": labels is not None and temperature != 1.0,
+    }
 
 
 def _of_terms(terms, numbers, limits, maps) -> dict:
@@ -163,15 +202,16 @@ def _of_terms(terms, numbers, limits, maps) -> dict:
     return {
         "a": float(a),
         "b": float(b),
-        "keep_p": int(limits[0]),
-        "keep_q": int(limits[1]),
+        # Not ints: Triton compiles 1 anew.
+        "keep_p": float(limits[0]),
+        "keep_q": float(limits[1]),
         "TERMS": terms,
         "ONE_SCALE": terms is not None and not capped and maps["scale_t"] == maps["scale_s"],
     }
 
 
 def _fp32(number: float) -> float:
-    """A positive number, or 2^126, of which twice is a number of fp32, too."""
+    """A number >= 0, or 2^126, of which twice is a number of fp32, too."""
     return min(number, 2.0**126)
 
 

@@ -21,7 +21,7 @@ TABLE: tuple[tuple[float, Launch], ...] = (
 # with a softcap a few outside the loops. Left to itself, ptxas takes 170 and one block, or spills
 # some to reach more blocks than are asked for.
 REGISTERS = {
-    "adaptive": 128,
+    "head or statistics": 128,
     "fixed weight": 80,
     "terms": 80,
     "gradient": 48,

@@ -1,9 +1,12 @@
 """The stages composed into kernels.
 
-    forward    statistics, boundary, divergence     the loss, and 8 floats a row for the backward
+    forward    statistics, boundary, divergence     the loss, and 12 floats a row for the backward
                the same and gradient                both in one launch; the gradient may overwrite
                                                     the student
-    backward   gradient                             from the logits and those 8 floats
+    backward   gradient                             from the logits and those 12 floats
+
+Where the weights of the KLs are the same for every token there is no boundary and, unless
+statistics are asked for, no divergence stage: the statistics give the KLs.
 
 One program handles one row.
 """
@@ -12,10 +15,11 @@ import triton
 import triton.language as tl
 
 from . import layout
-from .arithmetic import LN2
+from .arithmetic import LN2, LOG2E, rounded_sum
 from .blocks import row_offset, row_pointer
+from .cross_entropy import row_cross_entropy
 from .divergence import row_divergence
-from .gradient import damping, gradient_coefficients, row_gradient, row_gradient_of_terms
+from .gradient import damping, kl_coefficients, row_gradient
 from .head import head_boundary
 from .statistics import normalisers, row_statistics
 
@@ -28,29 +32,35 @@ def forward_kernel(
     s_ptr,  # [outer, inner, V_s] student logits, N = outer * inner rows
     t_ptr,  # [outer, inner, V_t] teacher logits
     valid_ptr,  # [N] bool, rows that count (HAS_MASK)
+    labels_ptr,  # [N] token of the cross-entropy (HAS_LABELS)
     loss_ptr,  # [N] fp32
-    state_ptr,  # [N, 8] fp32, what the backward needs (not HAS_GRADIENT)
-    stats_ptr,  # [N, 6] fp32: layout.STATISTICS (STATS)
+    state_ptr,  # [N, 12] fp32, what the backward needs (not HAS_GRADIENT)
+    stats_ptr,  # [N, 10] fp32: layout.STATISTICS (STATS)
     ds_ptr,  # [outer, inner, V_s] gradient (HAS_GRADIENT), may be s_ptr
     upstream_ptr,  # [N] fp32, dL/dloss (HAS_GRADIENT)
     outer_s, outer_t, outer_ds, inner_s, inner_t, inner_ds,  # strides
     stride_upstream,
     inner, V_s, V_t, base_lead,
-    scale_t, gain_t, scale_s, gain_s,  # of `scaled`
-    rate,  # logit_scale / T of the student
-    mu,
+    scale_t, gain_t, scale_s, gain_s, scale_1,  # of `scaled`
+    rate,  # divergence_weight logit_scale / T of the student
+    label_rate,  # label_weight logit_scale of the student
+    mu, tau, eta,
     forward_weight,  # w where there is no head
+    divergence_weight, label_weight,  # by which divergence and cross-entropy are multiplied
     a, b, keep_p, keep_q,  # of the terms
     HAS_HEAD: tl.constexpr, INCLUSIVE: tl.constexpr, STABLE: tl.constexpr,
     FORWARD: tl.constexpr, REVERSE: tl.constexpr, STATS: tl.constexpr,
+    SWITCHES: tl.constexpr,  # whether the forward KL is added where the teacher's entropy is > tau
     TERMS: tl.constexpr,  # a function of terms.py, or None for the two KLs
+    HYBRID: tl.constexpr,  # whether the forward KL is mixed with them, its weight by eta
     ONE_SCALE: tl.constexpr,  # of `log_ratio`
+    HAS_LABELS: tl.constexpr, UNTEMPERED: tl.constexpr,  # a cross-entropy, and one where T is not 1
     HAS_MASK: tl.constexpr, HAS_GRADIENT: tl.constexpr, DAMPED: tl.constexpr,
     HAS_LEAD: tl.constexpr, S_ALIGNED: tl.constexpr, DS_ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """loss = w KL(p || q) + (1 - w) KL(q || p) of one row, w = g_head / gap or given; or the sum
-    of its TERMS."""
+    of its TERMS; and its weighted sum with the cross-entropy."""
     row = tl.program_id(0).to(tl.int64)
     offset_t = row_offset(row, inner, outer_t, inner_t)
     lead = 0
@@ -64,32 +74,57 @@ def forward_kernel(
         s_row = row_pointer(s_ptr, row_offset(row, inner, outer_s, inner_s), lead, S_ALIGNED)
         end_t = lead + V_t
         end_s = lead + V_s
-        reference_t, z_t, reference_s, z_s, slots, hidden, full_end = row_statistics(
-            t_row, s_row, lead, end_t, end_s, scale_t, gain_t, scale_s, gain_s,
-            HAS_HEAD, S_ALIGNED, BLOCK,
+        (
+            reference_t, z_t, reference_s, z_s, reference_1, z_1, slots, hidden,
+            forward_kl, reverse_kl, kept_p, kept_q, entropy_t, entropy_s, agreement, full_end,
+        ) = row_statistics(
+            t_row, s_row, lead, end_t, end_s, scale_t, gain_t, scale_s, gain_s, scale_1,
+            HAS_HEAD or STATS, STATS, SWITCHES, FORWARD, REVERSE, UNTEMPERED, S_ALIGNED, BLOCK,
         )  # fmt: skip
+        cross_entropy = float("nan")
+        label = 0
+        if HAS_LABELS:
+            label = tl.load(labels_ptr + row).to(tl.int64)
+            if UNTEMPERED:
+                cross_entropy = row_cross_entropy(
+                    s_row, label, lead, end_s, scale_1, gain_s, reference_1, z_1, full_end, BLOCK
+                )
+            else:
+                cross_entropy = row_cross_entropy(
+                    s_row, label, lead, end_s, scale_s, gain_s, reference_s, z_s, full_end, BLOCK
+                )
         crossing, mass, taken, tie_mass, cut = 0.0, float("nan"), float("nan"), 0.0, 0
         if HAS_HEAD:
             crossing, mass, taken, tie_mass, cut = head_boundary(
                 t_row, lead, end_t, scale_t, gain_t, reference_t, z_t, slots, hidden, full_end, mu,
                 INCLUSIVE, STABLE, BLOCK,
             )  # fmt: skip
-        (
-            forward_kl, reverse_kl, w, gap, size, kept_p, kept_q, total_x, total_g, full_end,
-        ) = row_divergence(
-            t_row, s_row, lead, end_t, end_s, scale_t, gain_t, scale_s, gain_s,
-            reference_t, z_t, reference_s, z_s, full_end,
-            crossing, taken, cut, forward_weight, a, b, keep_p, keep_q,
-            HAS_HEAD, STABLE, FORWARD, REVERSE, STATS, TERMS, ONE_SCALE, S_ALIGNED, BLOCK,
-        )  # fmt: skip
+        w, total_x, total_g = forward_weight, 0.0, 0.0
+        if HAS_HEAD or STATS or TERMS is not None:
+            w, gap, size, total_x, total_g, full_end = row_divergence(
+                t_row, s_row, lead, end_t, end_s, scale_t, gain_t, scale_s, gain_s,
+                reference_t, z_t, reference_s, z_s, full_end,
+                crossing, taken, cut, forward_weight, a, b, keep_p, keep_q,
+                HAS_HEAD, STABLE, STATS, TERMS, ONE_SCALE, S_ALIGNED, BLOCK,
+            )  # fmt: skip
+        of_reverse = 1.0 - w
+        if SWITCHES:
+            w = tl.where(entropy_t > tau, 1.0, 0.0)
+            of_reverse = 1.0
         loss = 0.0
         if TERMS is not None:
             loss = (total_x + total_g) * LN2
+            if HYBRID:
+                w = tl.exp2((loss - 1.0) * (eta * LOG2E))
+                loss = w * forward_kl + (1.0 - w) * loss
         else:
             if FORWARD & (w != 0.0):
                 loss += w * forward_kl
-            if REVERSE & (w != 1.0):
-                loss += (1.0 - w) * reverse_kl
+            if REVERSE & (of_reverse != 0.0):
+                loss += of_reverse * reverse_kl
+        loss *= divergence_weight
+        if HAS_LABELS:
+            loss += label_weight * cross_entropy
         tl.store(loss_ptr + row, loss)
         if STATS:
             stats = stats_ptr + row * STATS_WIDTH
@@ -100,13 +135,30 @@ def forward_kernel(
             tl.store(stats + 3, mass + taken * tie_mass + nothing)
             tl.store(stats + 4, size + nothing)
             tl.store(stats + 5, gap)
+            tl.store(stats + 6, entropy_s + nothing)
+            tl.store(stats + 7, entropy_t + nothing)
+            tl.store(stats + 8, agreement + nothing)
+            tl.store(stats + 9, cross_entropy)
+        lse_t, lse_s, factor_t, factor_s, shift = normalisers(reference_t, z_t, reference_s, z_s)
+        lse_1, of_label = 0.0, 0.0
+        if HAS_LABELS:
+            of_label = factor_s * label_rate
+            if UNTEMPERED:
+                lse_1, correction = rounded_sum(reference_1, tl.log2(z_1))
+                of_label = tl.exp2(-correction) * label_rate
+            # Whatever stands where the label is no token is NaN, as is the loss.
+            of_label = tl.where(cross_entropy == cross_entropy, of_label, float("nan"))
+        c4, c5 = 0.0, 0.0
         if TERMS is not None:
-            lse_t, lse_s, _, factor_s, shift = normalisers(reference_t, z_t, reference_s, z_s)
-            c2, c3, c4, c5 = shift, factor_s * LN2 * rate, total_g, factor_s
+            c0, c1, c2, c3 = factor_s * LN2 * rate, total_g, shift, factor_s
+            if HYBRID:
+                c0 *= 1.0 - w
+                c4, c5 = factor_t * rate * w, factor_s * rate * w * kept_p
         else:
-            lse_t, lse_s, c2, c3, c4, c5 = gradient_coefficients(
-                reference_t, z_t, reference_s, z_s, w, reverse_kl, kept_p, kept_q, rate
-            )
+            c0, c1, c2, c3 = kl_coefficients(
+                factor_t, factor_s, shift, w, of_reverse, reverse_kl, kept_p, kept_q, rate,
+                0.0 if UNTEMPERED else of_label,
+            )  # fmt: skip
         if HAS_GRADIENT:
             upstream = tl.load(upstream_ptr + row * stride_upstream)
             if DAMPED:
@@ -115,20 +167,25 @@ def forward_kernel(
                 ds_ptr, row_offset(row, inner, outer_ds, inner_ds), lead, DS_ALIGNED
             )
             _write_gradient(
-                ds_row, t_row, s_row, lead, end_t, end_s, scale_t, gain_t, scale_s, gain_s,
-                full_end, upstream, lse_t, lse_s, c2, c3, c4, c5, a, b, keep_p, keep_q,
-                REVERSE, TERMS, ONE_SCALE, S_ALIGNED, BLOCK,
+                ds_row, t_row, s_row, lead, end_t, end_s, scale_t, gain_t, scale_s, gain_s, scale_1,
+                full_end, upstream, lse_t, lse_s, c0, c1, c2, c3, c4, c5, lse_1, of_label, label,
+                label_rate, a, b, keep_p, keep_q, FORWARD, REVERSE, TERMS, HYBRID, ONE_SCALE,
+                HAS_LABELS, UNTEMPERED, S_ALIGNED, BLOCK,
             )  # fmt: skip
         else:
             state = state_ptr + row * STATE_WIDTH
             tl.store(state + 0, lse_t)
             tl.store(state + 1, lse_s)
-            tl.store(state + 2, c2)
-            tl.store(state + 3, c3)
-            tl.store(state + 4, c4)
-            tl.store(state + 5, c5)
-            tl.store(state + 6, full_end.to(tl.float32))
-            tl.store(state + 7, BLOCK)
+            tl.store(state + 2, c0)
+            tl.store(state + 3, c1)
+            tl.store(state + 4, c2)
+            tl.store(state + 5, c3)
+            tl.store(state + 6, c4)
+            tl.store(state + 7, c5)
+            tl.store(state + 8, lse_1)
+            tl.store(state + 9, of_label)
+            tl.store(state + 10, full_end.to(tl.float32))
+            tl.store(state + 11, BLOCK)
     else:
         tl.store(loss_ptr + row, 0.0)
         if STATS:
@@ -147,14 +204,18 @@ def backward_kernel(
     s_ptr,  # [outer, inner, V_s] student logits, N = outer * inner rows
     t_ptr,  # [outer, inner, V_t] teacher logits
     valid_ptr,  # [N] bool (HAS_MASK)
-    state_ptr,  # [N, 8] fp32 of forward_kernel
+    labels_ptr,  # [N] (HAS_LABELS)
+    state_ptr,  # [N, 12] fp32 of forward_kernel
     upstream_ptr,  # [N] fp32
     outer_s, outer_t, outer_ds, inner_s, inner_t, inner_ds,  # strides
     stride_upstream,
     inner, V_s, V_t, base_lead,
-    scale_t, gain_t, scale_s, gain_s,  # of `scaled`
+    scale_t, gain_t, scale_s, gain_s, scale_1,  # of `scaled`
+    label_rate,
     a, b, keep_p, keep_q,  # of the terms
-    REVERSE: tl.constexpr, TERMS: tl.constexpr, ONE_SCALE: tl.constexpr,
+    FORWARD: tl.constexpr, REVERSE: tl.constexpr,
+    TERMS: tl.constexpr, HYBRID: tl.constexpr, ONE_SCALE: tl.constexpr,
+    HAS_LABELS: tl.constexpr, UNTEMPERED: tl.constexpr,
     HAS_MASK: tl.constexpr,
     HAS_LEAD: tl.constexpr, S_ALIGNED: tl.constexpr, DS_ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -170,21 +231,26 @@ def backward_kernel(
         valid = tl.load(valid_ptr + row) != 0
     if valid:
         upstream = tl.load(upstream_ptr + row * stride_upstream)
+        label = 0
+        if HAS_LABELS:
+            label = tl.load(labels_ptr + row).to(tl.int64)
         state = state_ptr + row * STATE_WIDTH
         # The forward found its own blocks finite, which may have been narrower; if they were wider,
         # several of these lie in its block 0, where anything may stand.
-        forward_block = tl.load(state + 7).to(tl.int32)
-        forward_end = tl.load(state + 6).to(tl.int32)
+        forward_block = tl.load(state + 11).to(tl.int32)
+        forward_end = tl.load(state + 10).to(tl.int32)
         full_end = tl.where(forward_block <= BLOCK, forward_end * forward_block // BLOCK, 1)
         full_end = tl.where(forward_end == 0, 0, tl.maximum(full_end, 1))
         _write_gradient(
             row_pointer(ds_ptr, row_offset(row, inner, outer_ds, inner_ds), lead, DS_ALIGNED),
             row_pointer(t_ptr, offset_t, lead, True),
             row_pointer(s_ptr, row_offset(row, inner, outer_s, inner_s), lead, S_ALIGNED),
-            lead, lead + V_t, lead + V_s, scale_t, gain_t, scale_s, gain_s, full_end, upstream,
+            lead, lead + V_t, lead + V_s, scale_t, gain_t, scale_s, gain_s, scale_1,
+            full_end, upstream,
             tl.load(state + 0), tl.load(state + 1), tl.load(state + 2), tl.load(state + 3),
-            tl.load(state + 4), tl.load(state + 5), a, b, keep_p, keep_q,
-            REVERSE, TERMS, ONE_SCALE, S_ALIGNED, BLOCK,
+            tl.load(state + 4), tl.load(state + 5), tl.load(state + 6), tl.load(state + 7),
+            tl.load(state + 8), tl.load(state + 9), label, label_rate, a, b, keep_p, keep_q,
+            FORWARD, REVERSE, TERMS, HYBRID, ONE_SCALE, HAS_LABELS, UNTEMPERED, S_ALIGNED, BLOCK,
         )  # fmt: skip
     else:
         _zero_row(ds_ptr + row_offset(row, inner, outer_ds, inner_ds), V_s, BLOCK)
@@ -192,26 +258,29 @@ def backward_kernel(
 
 @triton.jit
 def _write_gradient(
-    ds_row, t_row, s_row, lead, end_t, end_s, scale_t, gain_t, scale_s, gain_s, full_end,
-    upstream, lse_t, lse_s,
-    c2, c3, c4, c5,  # of the state: slope, offset, teacher, lost; of terms shift, rate, G, factor_s
+    ds_row, t_row, s_row, lead, end_t, end_s, scale_t, gain_t, scale_s, gain_s, scale_1,
+    full_end, upstream, lse_t, lse_s, c0, c1, c2, c3, c4, c5, lse_1, of_label, label, label_rate,
     a, b, keep_p, keep_q,
-    REVERSE: tl.constexpr, TERMS: tl.constexpr, ONE_SCALE: tl.constexpr,
+    FORWARD: tl.constexpr, REVERSE: tl.constexpr,
+    TERMS: tl.constexpr, HYBRID: tl.constexpr, ONE_SCALE: tl.constexpr,
+    HAS_LABELS: tl.constexpr, UNTEMPERED: tl.constexpr,
     S_ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The last stage, of either kind of divergence."""
-    if TERMS is not None:
-        row_gradient_of_terms(
-            ds_row, t_row, s_row, lead, end_t, end_s, scale_t, gain_t, scale_s, gain_s, full_end,
-            lse_t, lse_s, c2, c5, upstream * c3, c4, a, b, keep_p, keep_q,
-            TERMS, ONE_SCALE, S_ALIGNED, BLOCK,
-        )  # fmt: skip
-    else:
-        row_gradient(
-            ds_row, t_row, s_row, lead, end_t, end_s, scale_t, gain_t, scale_s, gain_s, full_end,
-            lse_t, lse_s, upstream * c2, upstream * c3, upstream * c4, upstream * c5,
-            REVERSE, S_ALIGNED, BLOCK,
-        )  # fmt: skip
+    """The last stage, with the coefficients of `row_gradient` times the upstream gradient."""
+    c0 *= upstream
+    if TERMS is None:
+        c1 *= upstream
+        c2 *= upstream
+        c3 *= upstream
+    if HYBRID:
+        c4 *= upstream
+        c5 *= upstream
+    row_gradient(
+        ds_row, t_row, s_row, lead, end_t, end_s, scale_t, gain_t, scale_s, gain_s, scale_1,
+        full_end, lse_t, lse_s, lse_1, c0, c1, c2, c3, c4, c5, upstream * of_label,
+        label, upstream * label_rate, a, b, keep_p, keep_q,
+        FORWARD, REVERSE, TERMS, HYBRID, ONE_SCALE, HAS_LABELS, UNTEMPERED, S_ALIGNED, BLOCK,
+    )  # fmt: skip
 
 
 @triton.jit

@@ -21,9 +21,8 @@ import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
-from .arithmetic import LOWEST
+from .arithmetic import LOG2E, LOWEST
 
-LOG2E = tl.constexpr(1.4426950408889634)
 # A ratio of probabilities beyond 2^126 is as good as none: every term of it has reached its limit.
 LARGEST_LOG_RATIO = tl.constexpr(126.0)
 LARGEST_LOG = tl.constexpr(2.0**64)
@@ -52,8 +51,8 @@ def careful_terms(
     x, g = TERMS(log_p, log_q, log_p - log_q + shift, f_p, f_q, a, b, True)
     counts = tl.where(
         t > float("-inf"),
-        (s > float("-inf")) | (keep_p != 0),
-        (s > float("-inf")) & (keep_q != 0),
+        (s > float("-inf")) | (keep_p != 0.0),
+        (s > float("-inf")) & (keep_q != 0.0),
     )
     return tl.where(counts, x, 0.0), tl.where(counts, g, 0.0)
 

@@ -77,7 +77,7 @@ def forward(
     widths = (STATE_WIDTH,), (len(STATISTICS),)
     result = RowResult(*(torch.full((len(student), *w), torch.nan) for w in ((), *widths)))
     rule = Rule(divergence, temperature, *maps)
-    eager.forward(student, teacher, valid, rule, result, **options)
+    eager.forward(student, teacher, valid, None, rule, result, **options)
     return result
 
 
@@ -96,7 +96,7 @@ def run(
     gradient = torch.full_like(student, torch.nan)
     upstream = torch.ones(1).expand(len(student)) if upstream is None else upstream
     rule = Rule(divergence, temperature, *maps)
-    eager.backward(upstream, student, teacher, valid, result.state, rule, gradient)
+    eager.backward(upstream, student, teacher, valid, None, result.state, rule, gradient)
     return result, gradient
 
 
@@ -339,7 +339,7 @@ def test_one_pass_and_in_place(divergence: SumOfTerms, v_s: int, v_t: int) -> No
     result, gradient = run(student, teacher, divergence, upstream=upstream)
 
     out = student.clone()
-    eager.backward(upstream, out, teacher, None, result.state, Rule(divergence), out)
+    eager.backward(upstream, out, teacher, None, None, result.state, Rule(divergence), out)
     assert torch.equal(out, gradient)
 
     out = student.clone()
@@ -370,7 +370,8 @@ def test_statistics(divergence: SumOfTerms) -> None:
         zip(STATISTICS, forward(student, teacher[:, :1400], divergence).stats.T, strict=True)
     )
     oracle = reference_adaptive_kl(student, teacher[:, :1400])
-    for name in ("forward_kl", "reverse_kl", "gap"):
+    entropies = "student_entropy", "teacher_entropy", "top1_agreement"
+    for name in ("forward_kl", "reverse_kl", "gap", *entropies):
         torch.testing.assert_close(
             stats[name].double(), getattr(oracle, name), rtol=1e-6, atol=1e-6
         )
@@ -461,7 +462,8 @@ def test_temporaries_stay_within_the_budget(
 
     def both_ways() -> None:
         state = forward(student, teacher, divergence, valid=valid).state
-        eager.backward(upstream, student, teacher, valid, state, Rule(divergence), gradient)
+        rule = Rule(divergence)
+        eager.backward(upstream, student, teacher, valid, None, state, rule, gradient)
 
     peak = peak_temporaries(both_ways, monkeypatch)
     assert peak <= budget, f"{peak / 2**20:.1f} MiB"

@@ -15,29 +15,25 @@ import torch
 from torch import Tensor
 
 from akl_triton import distillation_loss, linear_distillation_loss
-from akl_triton.divergences import AdaptiveKL, Divergence, SumOfTerms
+from akl_triton.divergences import AdaptiveKL, Divergence
 from akl_triton.reference import reference_adaptive_kl
 from akl_triton.verify import exact, faults, head_faults
-from tests.support.cases import DIVERGENCES, OPTIONS, rows_of_every_kind
+from tests.support.cases import DIVERGENCES, OPTIONS, labels_of, rows_of_every_kind
 
 INTERPRETER = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 DOORS = ("logits", "in place", "hidden states")
-# Each kernel takes many seconds to compile and to translate for a CPU: those of sums of terms are
-# in tests/kernels/test_terms.py.
-COMPILED = (("logits", ""),)
+# Each kernel takes seconds to compile and to translate for a CPU.
+COMPILED = (("logits", ""), ("in place", "labels"))
 
 
 def cases() -> list[Any]:
-    """(divergence, backend, door, options): all where nothing is compiled.
-
-    The two KLs under options are compiled in tests/kernels."""
+    """(divergence, backend, door, options): all where nothing is compiled."""
     every = [(door, options) for door in DOORS for options in OPTIONS]
     found = []
     for divergence in DIVERGENCES:
-        some = [] if isinstance(divergence, SumOfTerms) else list(COMPILED)
-        of_backend = {"triton": every} if INTERPRETER else {"torch": every, "triton": some}
+        of_backend = {"triton": every} if INTERPRETER else {"torch": every, "triton": COMPILED}
         for name, combinations in of_backend.items():
             for case in combinations:
                 title = "-".join((str(divergence), name, *case))
@@ -64,7 +60,12 @@ def device(backend: str) -> torch.device:
 
 
 def of_logits(
-    student: Tensor, teacher: Tensor, upstream: Tensor, inplace: bool, **options: Any
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor | None,
+    upstream: Tensor,
+    inplace: bool,
+    **options: Any,
 ) -> tuple[Tensor, Any, Tensor]:
     """(loss, statistics or None, gradient)"""
     leaf = student.clone().requires_grad_()
@@ -72,6 +73,7 @@ def of_logits(
     output = loss_function(
         leaf.clone() if inplace else leaf,
         teacher,
+        labels,
         reduction="none",
         inplace=inplace,
         **options,
@@ -82,7 +84,7 @@ def of_logits(
 
 
 def of_hidden_states(
-    student: Tensor, teacher: Tensor, upstream: Tensor, **options: Any
+    student: Tensor, teacher: Tensor, labels: Tensor | None, upstream: Tensor, **options: Any
 ) -> tuple[Tensor, Any, Tensor]:
     """The same: hidden states I and weights that are the transposed logits make exact products."""
     n, device = len(student), student.device
@@ -93,6 +95,7 @@ def of_hidden_states(
         weight,
         torch.eye(n, dtype=teacher.dtype, device=device),
         teacher.t().contiguous(),
+        labels,
         reduction="none",
         chunk_bytes=3 * (student[0].nbytes + teacher[0].nbytes),
         **options,
@@ -106,16 +109,20 @@ def test_every_row(
     divergence: Divergence, door: str, options: str, backend: str, device: torch.device
 ) -> None:
     student, teacher = rows_of_every_kind(finite=door == "hidden states")
-    maps = OPTIONS[options]
+    maps = dict(OPTIONS[options])
+    kd_ratio = maps.pop("kd_ratio", 1.0)
+    labels = labels_of(student) if kd_ratio < 1.0 else None
     upstream = torch.linspace(-1.0, 2.0, len(student))
     with_stats = isinstance(divergence, AdaptiveKL) or door != "in place"
     call: dict[str, Any] = {
         "divergence": divergence,
         "backend": backend,
         "return_stats": with_stats,
+        "kd_ratio": kd_ratio,
         **maps,
     }
-    inputs = student.to(device), teacher.to(device), upstream.to(device)
+    labels_there = None if labels is None else labels.to(device)
+    inputs = student.to(device), teacher.to(device), labels_there, upstream.to(device)
     if door == "hidden states":
         loss, stats, gradient = of_hidden_states(*inputs, **call)
     else:
@@ -132,13 +139,16 @@ def test_every_row(
             "forward_weight": claims["forward_weight"],
             "gap": claims["gap"],
         }
-    of = exact(divergence, student, teacher, **of_head, **maps)
+    of = exact(divergence, student, teacher, labels=labels, kd_ratio=kd_ratio, **of_head, **maps)
     found += faults(loss, gradient, of, upstream=upstream, roundings=1.0 if INTERPRETER else 0.5)
     assert not found, "\n".join(found)
     if stats is None:
         return
     sums = reference_adaptive_kl(student, teacher, weight=0.5, **maps)
-    for name in ("forward_kl", "reverse_kl", "gap"):
+    for name in (
+        *("forward_kl", "reverse_kl", "gap"),
+        *("student_entropy", "teacher_entropy", "top1_agreement"),
+    ):
         torch.testing.assert_close(
             getattr(stats, name).cpu().double(),
             getattr(sums, name),

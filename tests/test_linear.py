@@ -683,8 +683,9 @@ def test_opcheck(backend, device, per_token):
         case.teacher_weight,
         None,
     )
-    valid = torch.arange(21, device=device) % 3 != 0
-    rule = Rule(AdaptiveKL()).pack()
+    labels = torch.arange(21, device=device)
+    valid = labels % 3 != 0
+    rule = Rule(AdaptiveKL(), label_weight=0.5).pack()
     plan = linear_ops.Plan(FP32, FP32, FP32, 4 * ROW_BYTES, True, True, True, backend)
     leaves = *(x.clone().requires_grad_() for x in cast(tuple[Tensor, ...], flat[:3])), *flat[3:]
     upstream = torch.linspace(-1, 1, 21, device=device)
@@ -692,9 +693,12 @@ def test_opcheck(backend, device, per_token):
     calls: list[tuple[Any, tuple[Any, ...]]] = [
         (
             linear_ops.linear_divergence,
-            (per_token, per_token, *leaves, valid, factor, *plan, *rule),
+            (per_token, per_token, *leaves, valid, labels, factor, *plan, *rule),
         ),
-        (linear_ops.linear_divergence_backward, (upstream, *flat, valid, factor, *plan, *rule)),
+        (
+            linear_ops.linear_divergence_backward,
+            (upstream, *flat, valid, labels, factor, *plan, *rule),
+        ),
         (linear_ops.scaled, (flat[0], upstream if per_token else upstream[1], BF16)),
     ]
     for operator, arguments in calls:

@@ -24,6 +24,7 @@ from tests.support.cases import DIVERGENCES
 
 V = 200
 RULE = Rule(AdaptiveKL()).pack()
+WITH_LABELS = Rule(AdaptiveKL(), label_weight=0.5).pack()
 
 
 def make_logits(device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
@@ -35,18 +36,22 @@ def make_logits(device: torch.device, dtype: torch.dtype = torch.float32) -> tup
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_opcheck(backend: Backend, device: torch.device, masked: bool) -> None:
-    """The dtype only matters to what is allocated: each backend is given another."""
+    """The dtype only matters to what is allocated: each backend is given another.
+
+    With a mask also with labels, which leave no statistic NaN."""
     student, teacher = make_logits(device, torch.bfloat16 if backend == "torch" else torch.float32)
     valid = torch.arange(6, device=device) != 2 if masked else None
+    labels = torch.arange(6, device=device) if masked else None
+    rule = WITH_LABELS if masked else RULE
     upstream = torch.linspace(-1.0, 1.0, 6, device=device)
     leaf = student.clone().requires_grad_()
-    inputs = student, teacher, valid
-    rest = (masked, backend, *RULE)  # with statistics where masked
+    inputs = student, teacher, valid, labels
+    rest = (masked, backend, *rule)  # with statistics where masked
     _, state, _ = ops.divergence(*inputs, *rest)
     calls: list[tuple[Any, tuple[Any, ...]]] = [
         (ops.divergence, (*inputs, *rest)),
-        (ops.divergence, (leaf, teacher, valid, *rest)),
-        (ops.divergence_backward, (upstream, *inputs, state, backend, *RULE)),
+        (ops.divergence, (leaf, *inputs[1:], *rest)),
+        (ops.divergence_backward, (upstream, *inputs, state, backend, *rule)),
         (
             ops.divergence_with_gradient,
             (*inputs, upstream[:1].expand(6), masked, *rest),  # damped if masked
@@ -75,10 +80,11 @@ def assert_compiled_equals_eager(
 
 
 @pytest.mark.parametrize("inplace", [False, True])
-@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize("reduction, kd_ratio", [("none", 1.0), ("mean", 0.5)])
 def test_compiled_with_labels(
-    backend: Backend, device: torch.device, reduction: Reduction, inplace: bool
+    backend: Backend, device: torch.device, reduction: Reduction, kd_ratio: float, inplace: bool
 ) -> None:
+    """Where they are no tokens of a cross-entropy, its statistic is NaN."""
     student, teacher = make_logits(device)
     labels = torch.tensor([[0, 1, -100], [2, 3, 4]], device=device)
 
@@ -87,6 +93,7 @@ def test_compiled_with_labels(
             2 * hidden,
             teacher,
             labels,
+            kd_ratio=kd_ratio,
             shift=1,
             temperature=2.0,
             reduction=reduction,
@@ -94,7 +101,7 @@ def test_compiled_with_labels(
             return_stats=True,
             backend=backend,
         )
-        return loss, *stats
+        return loss, *stats[: None if kd_ratio < 1.0 else -1]
 
     assert_compiled_equals_eager(run, student)
 
@@ -117,7 +124,7 @@ def test_every_divergence_is_an_operator_and_one_graph(divergence: Divergence) -
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # opcheck's own
         rest = (False, "torch", *Rule(divergence).pack())
-        torch.library.opcheck(ops.divergence, (leaf, teacher, None, *rest))
+        torch.library.opcheck(ops.divergence, (leaf, teacher, None, None, *rest))
 
     def run(hidden: Tensor) -> tuple[Tensor, ...]:
         return (distillation_loss(2 * hidden, teacher, divergence=divergence, backend="torch"),)
@@ -166,8 +173,10 @@ def test_every_output_is_written(
     )
     student, teacher = make_logits(device)
     valid = torch.arange(6, device=device) != 2
-    inputs = student, teacher, valid
-    loss, state, stats = ops.divergence(*inputs, True, backend, *RULE)
-    gradient = ops.divergence_backward(torch.ones(6, device=device), *inputs, state, backend, *RULE)
+    inputs = student, teacher, valid, torch.arange(6, device=device)
+    loss, state, stats = ops.divergence(*inputs, True, backend, *WITH_LABELS)
+    gradient = ops.divergence_backward(
+        torch.ones(6, device=device), *inputs, state, backend, *WITH_LABELS
+    )
     for output in (loss, state, stats, gradient):
         assert output.isfinite().all()

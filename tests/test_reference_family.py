@@ -11,7 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from akl_triton.reference import DivergenceResult, reference_adaptive_kl, reference_divergence
+from akl_triton.reference import (
+    DivergenceResult,
+    reference_adaptive_kl,
+    reference_cross_entropy,
+    reference_divergence,
+)
 
 INF = math.inf
 Numbers = dict[str, Any]
@@ -172,6 +177,49 @@ def test_loss_and_gradient(name: str, numbers: Numbers, temperature: float) -> N
     torch.testing.assert_close(result.grad, grad, rtol=1e-12, atol=1e-14)
     if name != "todi" and not numbers.get("detach"):
         assert torch.autograd.gradcheck(closed_form, student)
+
+
+@pytest.mark.parametrize(
+    ("name", "numbers"), [("entropy_switch", {"tau": 1.2}), ("lk_hybrid", {"eta": 3.0})], ids=str
+)
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
+def test_weights_that_are_statistics_of_the_row(
+    name: str, numbers: Numbers, temperature: float
+) -> None:
+    """Constant in the backward pass: against autograd with detached weights."""
+    teacher = random_logits(6, 7, seed=1) * torch.linspace(0.1, 2.0, 6)[:, None]
+    student = random_logits(6, 7, seed=2).requires_grad_()
+    result = reference_divergence(student, teacher, name, temperature=temperature, **numbers)
+    log_p, log_q = (x.div(temperature).log_softmax(-1) for x in (teacher, student))
+    p, q, u = log_p.exp(), log_q.exp(), log_p - log_q
+    forward, reverse, variation = (p * u).sum(-1), -(q * u).sum(-1), 0.5 * (p - q).abs().sum(-1)
+    if name == "entropy_switch":
+        on = -(p * log_p).sum(-1) > 1.2
+        assert on.any() and (temperature == 3.0 or not on.all())
+        loss = reverse + on * forward
+    else:
+        w = torch.exp(-3.0 * (1.0 - variation)).detach()
+        loss = w * forward + (1.0 - w) * variation
+    (grad,) = torch.autograd.grad(loss.sum(), student)
+    torch.testing.assert_close(result.loss, loss.detach(), rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(result.grad, grad, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_cross_entropy(softcap: float | None) -> None:
+    """Against PyTorch's, and a forbidden label has an infinite one."""
+    student = random_logits(4, 7, seed=3).requires_grad_()
+    labels = torch.tensor([0, 3, 6, 2])
+    result = reference_cross_entropy(
+        student, labels, student_softcap=softcap, student_logit_scale=0.5
+    )
+    s = 0.5 * student if softcap is None else softcap * torch.tanh(0.5 * student / softcap)
+    loss = F.cross_entropy(s, labels, reduction="none")
+    (grad,) = torch.autograd.grad(loss.sum(), student)
+    torch.testing.assert_close(result.loss, loss.detach(), rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(result.grad, grad, rtol=1e-12, atol=1e-14)
+    forbidden = reference_cross_entropy(forbid(random_logits(1, 7, seed=4), [2]), labels[3:])
+    assert forbidden.loss.item() == INF and forbidden.grad.isfinite().all()
 
 
 MAPS: dict[str, dict[str, Any]] = {

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from akl_triton.divergences import AdaptiveKL, Head, MixedKL, Ties
 from akl_triton.kernels import launch
-from akl_triton.kernels.layout import STATISTICS
+from akl_triton.kernels.layout import STATE_WIDTH, STATISTICS
 from akl_triton.reference import reference_adaptive_kl
 from akl_triton.verify import EPSILON, YARDSTICK, exact, faults, head_faults
 from tests.kernels.conftest import INTERPRETER
@@ -61,7 +61,7 @@ class Output(NamedTuple):
     """What the kernels wrote."""
 
     loss: Tensor  # [N]
-    stats: Tensor  # [N, 6]
+    stats: Tensor  # [N, statistics], without that of labels, of which there are none
     gradient: Tensor  # [N, V_s]
 
 
@@ -87,14 +87,15 @@ def run(
     if upstream is None:
         upstream = torch.ones(1, device=device).expand(n)
     loss = torch.full((n,), torch.nan, device=device)
-    stats = torch.full((n, 6), torch.nan, device=device)
-    state = torch.full((n, 8), torch.nan, device=device)
+    stats = torch.full((n, len(STATISTICS)), torch.nan, device=device)
+    state = torch.full((n, STATE_WIDTH), torch.nan, device=device)
     gradient = torch.full(student.shape, torch.nan, dtype=student.dtype, device=device)
     written = gradient[None] if in_one_launch else None
     launch.forward(
         student[None],
         teacher[None],
         valid,
+        None,
         loss,
         None if in_one_launch else state,
         stats if statistics else None,
@@ -113,13 +114,14 @@ def run(
             student[None],
             teacher[None],
             valid,
+            None,
             state,
             upstream,
             temperature=temperature,
-            reverse=True,
+            weight=weight,
             **maps,
         )
-    return Output(loss, stats, gradient)
+    return Output(loss, stats[:, :-1], gradient)
 
 
 def assert_right(
@@ -137,7 +139,7 @@ def assert_right(
     """Loss, statistics and gradient against the oracle, by the rules of akl_triton.verify."""
     loss, stats, gradient = (x.cpu() for x in output)
     student, teacher = student.cpu(), teacher.cpu()
-    claims = dict(zip(STATISTICS, stats.unbind(1), strict=True))
+    claims = dict(zip(STATISTICS[:-1], stats.unbind(1), strict=True))
     divergence = MixedKL(weight) if weight is not None else AdaptiveKL(mu, head, ties)
     if weight is None:
         of_head = {name: claims[name] for name in ("head_size", "head_mass", "forward_weight")}
@@ -160,10 +162,13 @@ def assert_right(
     sums = reference_adaptive_kl(student, teacher, weight=0.5, **maps)
     # The sums of a row of large logits are as exact as the loss they make.
     of_loss = YARDSTICK * (of.fp32.loss - of.oracle.loss).abs()
-    for name in ("forward_kl", "reverse_kl", "gap"):
+    of_sides = ("student_entropy", "teacher_entropy", "top1_agreement")
+    for name in ("forward_kl", "reverse_kl", "gap", *of_sides):
         correct = getattr(sums, name)
         off = (claims[name] - correct).abs()
-        allowed = EPSILON * correct.abs().clamp(min=1.0) + of_loss
+        # An entropy is the difference of two numbers that may be log2 of SUM_LIMIT.
+        epsilon = 4.0 * EPSILON if name in of_sides else EPSILON
+        allowed = epsilon * correct.abs().clamp(min=1.0) + of_loss
         assert (off <= allowed).all(), f"{name} is off by {off.tolist()}"
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from akl_triton.kernels import launch
+from akl_triton.kernels.layout import STATE_WIDTH
 from bench.lab.ptxcpu import virtual_tensor
 from tests.kernels.rows import KINDS, assert_right, make_rows, run
 
@@ -39,12 +40,23 @@ def test_offsets_beyond_int32(device: torch.device, mode: str) -> None:
         return rows
 
     near = run(student, teacher)
-    loss, state = torch.full((2,), torch.nan, device=device), torch.empty(2, 8, device=device)
+    loss, state = (
+        torch.full((2,), torch.nan, device=device),
+        torch.empty(2, STATE_WIDTH, device=device),
+    )
     far_s, far_t, gradient = apart(student), apart(teacher), apart(torch.zeros_like(student))
-    launch.forward(far_s[None], far_t[None], None, loss, state, None, **OPTIONS)
+    launch.forward(far_s[None], far_t[None], None, None, loss, state, None, **OPTIONS)
     ones = torch.ones(2, device=device)
     launch.backward(
-        gradient[None], far_s[None], far_t[None], None, state, ones, temperature=1.0, reverse=True
+        gradient[None],
+        far_s[None],
+        far_t[None],
+        None,
+        None,
+        state,
+        ones,
+        temperature=1.0,
+        weight=None,
     )
     assert torch.equal(loss, near.loss)
     assert torch.equal(gradient, near.gradient)
@@ -79,11 +91,14 @@ def test_slices_of_sequences(device: torch.device) -> None:
         return part
 
     s, t = sequences(flat_s, 0), sequences(flat_t, 1)
-    loss, state = torch.full((8,), torch.nan, device=device), torch.empty(8, 8, device=device)
+    loss, state = (
+        torch.full((8,), torch.nan, device=device),
+        torch.empty(8, STATE_WIDTH, device=device),
+    )
     gradient = torch.full((2, 4, v), torch.nan, dtype=s.dtype, device=device)
-    launch.forward(s, t, None, loss, state, None, **OPTIONS)
+    launch.forward(s, t, None, None, loss, state, None, **OPTIONS)
     ones = torch.ones(8, device=device)
-    launch.backward(gradient, s, t, None, state, ones, temperature=1.0, reverse=True)
+    launch.backward(gradient, s, t, None, None, state, ones, temperature=1.0, weight=None)
     expected = run(flat_s, flat_t)
     assert torch.equal(loss, expected.loss)
     assert torch.equal(gradient.view(8, v), expected.gradient)
@@ -98,6 +113,7 @@ def test_the_gradient_may_overwrite_the_student(v: int, device: torch.device) ->
     launch.forward(
         student[None],
         teacher[None],
+        None,
         None,
         loss,
         None,

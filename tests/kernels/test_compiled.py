@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from akl_triton.kernels import launch
+from akl_triton.kernels.layout import STATE_WIDTH, STATISTICS
 from bench.lab import ptxcpu
 from bench.lab.compile import TARGETS, RecordedLaunch, record_launches
 from bench.lab.sass import analyse
@@ -36,11 +37,12 @@ def launches(
 ) -> dict[str, RecordedLaunch]:
     """The kernels that a forward with gradient, and a forward and backward, launch."""
     student = torch.zeros(1, 2, v, dtype=torch.bfloat16)
-    loss, state, ones = torch.zeros(2), torch.zeros(2, 8), torch.ones(2)
+    loss, state, ones = torch.zeros(2), torch.zeros(2, STATE_WIDTH), torch.ones(2)
     with record_launches(target) as recorded:
         launch.forward(
             student,
             student.clone(),
+            None,
             None,
             loss,
             None,
@@ -50,16 +52,19 @@ def launches(
             gradient=torch.zeros_like(student),
             upstream=ones,
         )
-        launch.forward(student, student.clone(), None, loss, state, None, **RULE, weight=weight)
+        launch.forward(
+            student, student.clone(), None, None, loss, state, None, **RULE, weight=weight
+        )
         launch.backward(
             torch.zeros_like(student),
             student,
             student.clone(),
             None,
+            None,
             state,
             ones,
             temperature=1.0,
-            reverse=weight != 1.0,
+            weight=weight,
         )
     names = ("forward with gradient", "forward", "backward")
     return dict(zip(names, recorded, strict=True))
@@ -77,8 +82,8 @@ def test_loops_loads_stores_and_exps_are_there(target: str, weight: float | None
         code = analyse(recorded.compiled)
         by_stage = code.loops_by_function(STAGES)
         for stage in stages[name]:
-            if stage == "head_boundary" and weight is not None:
-                assert not by_stage.get(stage), "no head is searched where the weight is fixed"
+            if stage in ("head_boundary", "row_divergence") and weight is not None:
+                assert not by_stage.get(stage), "a fixed weight needs neither head nor gap"
                 continue
             loops = by_stage[stage]
             assert loops, f"{name}: no loop of {stage}"
@@ -127,8 +132,9 @@ def test_one_compilation_serves_all_sizes() -> None:
                 student,
                 student.clone(),
                 None,
+                None,
                 torch.zeros(n),
-                torch.zeros(n, 8),
+                torch.zeros(n, STATE_WIDTH),
                 None,
                 mu=mu,
                 temperature=temperature,
@@ -178,9 +184,10 @@ def sweeps_for_the_head(
             student[None, None],
             teacher[None, None],
             None,
-            torch.empty(1),
-            torch.empty(1, 8),
             None,
+            torch.empty(1),
+            torch.empty(1, STATE_WIDTH),
+            torch.empty(1, len(STATISTICS)),  # which a fixed weight sweeps the row for, too
             mu=mu,
             temperature=temperature,
             inclusive=False,
@@ -229,6 +236,15 @@ def test_logits_in_which_a_step_is_lost_do_not_stall() -> None:
         for weight in (0.5, None):
             counters.reset()
             rule = RULE | {"temperature": 1e-3, "stable": False, "weight": weight}
-            launch.forward(student, teacher, None, torch.empty(1), torch.empty(1, 8), None, **rule)
+            launch.forward(
+                student,
+                teacher,
+                None,
+                None,
+                torch.empty(1),
+                torch.empty(1, STATE_WIDTH),
+                torch.empty(1, len(STATISTICS)),
+                **rule,
+            )
             executed.append(counters["forward_kernel"]["warp_instr"])
     assert executed[1] < 3 * executed[0]

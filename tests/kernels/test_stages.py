@@ -8,27 +8,45 @@ import triton
 import triton.language as tl
 
 from akl_triton.kernels.arithmetic import scaled, softcap_slope
+from akl_triton.kernels.cross_entropy import row_cross_entropy
 from akl_triton.kernels.divergence import row_divergence
-from akl_triton.kernels.gradient import gradient_coefficients, row_gradient
+from akl_triton.kernels.gradient import kl_coefficients, row_gradient
 from akl_triton.kernels.head import head_boundary
-from akl_triton.kernels.statistics import row_statistics
-from akl_triton.reference import reference_adaptive_kl
+from akl_triton.kernels.statistics import normalisers, row_statistics
+from akl_triton.reference import reference_adaptive_kl, reference_cross_entropy
 
 V = 3001  # two full blocks and one that is not
 BLOCK = 1024
-LOG2E = 1.4426950408889634
+LOG2E = tl.constexpr(1.4426950408889634)
+LABEL = 1234
 
 
 @triton.jit
-def statistics_kernel(t_ptr, s_ptr, out_ptr, slots_ptr, V, scale, BLOCK: tl.constexpr):
-    reference_t, z_t, reference_s, z_s, slots, hidden, _ = row_statistics(
-        t_ptr, s_ptr, 0, V, V, scale, None, scale, None, True, True, BLOCK
+def statistics_kernel(t_ptr, s_ptr, out_ptr, slots_ptr, V, scale, label, BLOCK: tl.constexpr):
+    (
+        reference_t, z_t, reference_s, z_s, reference_1, z_1, slots, hidden,
+        forward_kl, reverse_kl, kept_p, kept_q, entropy_t, entropy_s, agreement, full_end,
+    ) = row_statistics(
+        t_ptr, s_ptr, 0, V, V, scale, None, scale, None, LOG2E,
+        True, True, True, True, True, True, True, BLOCK,
+    )  # fmt: skip
+    cross_entropy = row_cross_entropy(
+        s_ptr, label, 0, V, LOG2E, None, reference_1, z_1, full_end, BLOCK
     )
     tl.store(out_ptr + 0, reference_t)
     tl.store(out_ptr + 1, z_t)
     tl.store(out_ptr + 2, reference_s)
     tl.store(out_ptr + 3, z_s)
     tl.store(out_ptr + 4, hidden)
+    tl.store(out_ptr + 5, forward_kl)
+    tl.store(out_ptr + 6, reverse_kl)
+    tl.store(out_ptr + 7, kept_p)
+    tl.store(out_ptr + 8, kept_q)
+    tl.store(out_ptr + 9, entropy_t)
+    tl.store(out_ptr + 10, entropy_s)
+    tl.store(out_ptr + 11, agreement)
+    tl.store(out_ptr + 12, cross_entropy)
+    tl.store(out_ptr + 13, full_end.to(tl.float32))
     tl.store(slots_ptr + tl.arange(0, BLOCK), slots)
 
 
@@ -55,33 +73,33 @@ def divergence_kernel(
     reference_t, z_t, reference_s, z_s, crossing, k, cut,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    forward_kl, reverse_kl, w, gap, size, kept_p, kept_q, _, _, full_end = row_divergence(
+    w, gap, size, _, _, full_end = row_divergence(
         t_ptr, s_ptr, 0, V, V, scale, None, scale, None,
         reference_t, z_t, reference_s, z_s, V // BLOCK, crossing, k, cut,
-        0.0, 0.0, 0.0, 0, 0, True, True, True, True, True, None, False, True, BLOCK,
+        0.0, 0.0, 0.0, 0.0, 0.0, True, True, True, None, False, True, BLOCK,
     )  # fmt: skip
-    tl.store(out_ptr + 0, forward_kl)
-    tl.store(out_ptr + 1, reverse_kl)
-    tl.store(out_ptr + 2, w)
-    tl.store(out_ptr + 3, gap)
-    tl.store(out_ptr + 4, size)
-    tl.store(out_ptr + 5, kept_p)
-    tl.store(out_ptr + 6, kept_q)
-    tl.store(out_ptr + 7, full_end.to(tl.float32))
+    tl.store(out_ptr + 0, w)
+    tl.store(out_ptr + 1, gap)
+    tl.store(out_ptr + 2, size)
+    tl.store(out_ptr + 3, full_end.to(tl.float32))
 
 
 @triton.jit
 def gradient_kernel(
     ds_ptr, t_ptr, s_ptr, V, scale, inverse_temperature,
-    reference_t, z_t, reference_s, z_s, w, reverse_kl, full_end,
-    BLOCK: tl.constexpr,
+    reference_t, z_t, reference_s, z_s, lse_1, w, reverse_kl, full_end,
+    label, label_rate,
+    HAS_LABELS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    lse_t, lse_s, slope, offset, teacher, lost = gradient_coefficients(
-        reference_t, z_t, reference_s, z_s, w, reverse_kl, 1.0, 1.0, inverse_temperature
+    lse_t, lse_s, factor_t, factor_s, shift = normalisers(reference_t, z_t, reference_s, z_s)
+    slope, offset, teacher, lost = kl_coefficients(
+        factor_t, factor_s, shift, w, 1.0 - w, reverse_kl, 1.0, 1.0, inverse_temperature, 0.0
     )
     row_gradient(
-        ds_ptr, t_ptr, s_ptr, 0, V, V, scale, None, scale, None, full_end,
-        lse_t, lse_s, slope, offset, teacher, lost, True, True, BLOCK,
+        ds_ptr, t_ptr, s_ptr, 0, V, V, scale, None, scale, None, LOG2E, full_end,
+        lse_t, lse_s, lse_1, slope, offset, teacher, lost, 0.0, 0.0,
+        label_rate, label, label_rate,
+        0.0, 0.0, 0.0, 0.0, True, True, None, False, False, HAS_LABELS, HAS_LABELS, True, BLOCK,
     )  # fmt: skip
 
 
@@ -93,7 +111,7 @@ class Row:
         self.teacher = (3 * torch.randn(V, generator=g)).bfloat16().to(device)
         noise = torch.randn(V, generator=g).to(device)
         self.student = (self.teacher.float() + noise).bfloat16()
-        self.temperature, self.scale = temperature, LOG2E / temperature
+        self.temperature, self.scale = temperature, LOG2E.value / temperature
         self.oracle = reference_adaptive_kl(
             self.student[None].cpu(), self.teacher[None].cpu(), temperature=temperature
         )
@@ -126,23 +144,37 @@ def row(device: torch.device) -> Row:
 
 
 def test_statistics(row: Row, device: torch.device) -> None:
-    out = torch.full((5,), torch.nan, device=device)
+    out = torch.full((14,), torch.nan, device=device)
     slots = torch.full((BLOCK,), torch.nan, device=device)
-    statistics_kernel[(1,)](row.teacher, row.student, out, slots, V, row.scale, BLOCK=BLOCK)
+    statistics_kernel[(1,)](row.teacher, row.student, out, slots, V, row.scale, LABEL, BLOCK=BLOCK)
     assert torch.equal(slots, row.slots)
     share = out[4].item() / out[1].item()
     assert row.heaviest_hidden < share * row.z_t < 1.001 * row.hidden
     for logits, (reference, z) in ((row.teacher, out[:2]), (row.student, out[2:4])):
-        lse = torch.logsumexp(logits.double().cpu() / row.temperature, 0) * LOG2E
+        lse = torch.logsumexp(logits.double().cpu() / row.temperature, 0) * LOG2E.value
         assert abs(reference.double().cpu() + z.double().cpu().log2() - lse) < 1e-6
+    o = row.oracle
+    entropies = [
+        float(torch.special.entr(torch.softmax(x.double().cpu() / row.temperature, -1)).sum())
+        for x in (row.teacher, row.student)
+    ]
+    agreement = float(row.teacher.argmax() == row.student.argmax())
+    cross_entropy = float(
+        torch.nn.functional.cross_entropy(row.student.double(), torch.tensor(LABEL))
+    )
+    expected = [float(o.forward_kl), float(o.reverse_kl), 1.0, 1.0]
+    expected += [*entropies, agreement, cross_entropy, V // BLOCK]
+    torch.testing.assert_close(
+        out[5:].cpu().double(), torch.tensor(expected).double(), rtol=1e-6, atol=1e-6
+    )
 
 
 def statistics_of(teacher: torch.Tensor, student: torch.Tensor) -> list[float]:
     """(reference_t, Z_t, reference_s, Z_s, hidden) of two rows whose logits are to base 2."""
-    out = torch.full((5,), torch.nan, device=teacher.device)
+    out = torch.full((14,), torch.nan, device=teacher.device)
     slots = torch.full((BLOCK,), torch.nan, device=teacher.device)
-    statistics_kernel[(1,)](teacher, student, out, slots, V, 1.0, BLOCK=BLOCK)
-    return out.tolist()
+    statistics_kernel[(1,)](teacher, student, out, slots, V, 1.0, LABEL, BLOCK=BLOCK)
+    return out[:5].tolist()
 
 
 def test_sums_that_outgrow_the_first_maximum_are_made_anew(device: torch.device) -> None:
@@ -203,28 +235,32 @@ def test_head(temperature: float, slots_suffice: bool, device: torch.device, mod
 
 
 def test_divergence(row: Row, device: torch.device) -> None:
-    out = torch.full((8,), torch.nan, device=device)
+    out = torch.full((4,), torch.nan, device=device)
     divergence_kernel[(1,)](
         row.teacher, row.student, out, V, row.scale,
         row.reference_t, row.z_t, row.reference_s, row.z_s,
         row.crossing, float(row.k), row.cut, BLOCK=BLOCK,
     )  # fmt: skip
     o = row.oracle
-    sums = (o.forward_kl, o.reverse_kl, o.forward_weight, o.gap, o.head_size)
-    expected = [float(x) for x in sums] + [1.0, 1.0, V // BLOCK]
+    expected = [float(x) for x in (o.forward_weight, o.gap, o.head_size)] + [V // BLOCK]
     torch.testing.assert_close(
         out.cpu().double(), torch.tensor(expected).double(), rtol=1e-6, atol=1e-6
     )
 
 
-def test_gradient(row: Row, device: torch.device) -> None:
+@pytest.mark.parametrize("label_rate", [0.0, 0.3])
+def test_gradient(label_rate: float, row: Row, device: torch.device) -> None:
+    """And with a cross-entropy, whose softmax is at T = 1."""
     gradient = torch.full((V,), torch.nan, device=device)
+    lse_1 = float(torch.logsumexp(row.student.double().cpu(), 0)) * LOG2E.value
     gradient_kernel[(1,)](
         gradient, row.teacher, row.student, V, row.scale, 1 / row.temperature,
-        row.reference_t, row.z_t, row.reference_s, row.z_s,
-        float(row.oracle.forward_weight), float(row.oracle.reverse_kl), V // BLOCK, BLOCK=BLOCK,
+        row.reference_t, row.z_t, row.reference_s, row.z_s, lse_1,
+        float(row.oracle.forward_weight), float(row.oracle.reverse_kl), V // BLOCK,
+        LABEL, label_rate, HAS_LABELS=label_rate > 0.0, BLOCK=BLOCK,
     )  # fmt: skip
-    exact = row.oracle.grad[0]
+    of_labels = reference_cross_entropy(row.student[None].cpu(), torch.tensor([LABEL]))
+    exact = row.oracle.grad[0] + label_rate * of_labels.grad[0]
     # A few roundings of its two terms, more where no FMA is (the interpreter).
     assert (gradient.cpu().double() - exact).abs().max() < 5e-6 * exact.abs().max()
 

@@ -10,7 +10,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from akl_triton import AlphaBeta, SkewReverseKL, SumOfTerms, ToDi
+from akl_triton import (
+    Alpha,
+    AlphaBeta,
+    Divergence,
+    JensenShannon,
+    MixedKL,
+    SkewKL,
+    SkewReverseKL,
+    SumOfTerms,
+    ToDi,
+    distillation_loss,
+)
 from akl_triton.backend import Triton
 from akl_triton.divergences import Rule
 from akl_triton.rows import empty_result
@@ -28,12 +39,41 @@ def run(
     """(loss, gradient) of two launches, the gradient into a tensor full of NaN."""
     rule = Rule(divergence)
     result = empty_result(student[None], with_stats=False)
-    Triton.forward(student[None], teacher[None], None, rule, result)
+    Triton.forward(student[None], teacher[None], None, None, rule, result)
     gradient = torch.full_like(student, torch.nan)
     Triton.backward(
-        upstream, student[None], teacher[None], None, result.state, rule, gradient[None]
+        *(upstream, student[None], teacher[None], None, None),
+        *(result.state, rule, gradient[None]),
     )
     return result.loss.cpu(), gradient.cpu()
+
+
+@pytest.mark.skipif(INTERPRETER, reason="nothing is compiled")
+def test_numbers_compile_nothing() -> None:
+    """One compilation a member whatever its numbers, the ratio of the labels and T are."""
+    from bench.lab.compile import record_launches
+
+    pairs: tuple[tuple[Divergence, Divergence], ...] = (
+        (MixedKL(0.3), MixedKL(0.7)),
+        (JensenShannon(0.5), JensenShannon(0.1)),
+        (SkewKL(0.1), SkewKL(0.6)),
+        (SkewReverseKL(0.1), SkewReverseKL(0.6)),
+        (SkewReverseKL(0.1, detach=True), SkewReverseKL(0.6, detach=True)),
+        (Alpha(0.5), Alpha(2.0)),
+        (AlphaBeta(0.2, 0.7), AlphaBeta(1.5, -0.3)),
+    )
+    logits = torch.zeros(2, V)
+    labels = torch.zeros(2, dtype=torch.int64)
+    with record_launches("sm_90") as launches:
+        for pair in pairs:
+            for divergence, kd_ratio, temperature in zip(pair, (0.5, 0.2), (2.0, 3.0), strict=True):
+                distillation_loss(
+                    logits.clone(), logits, labels, divergence=divergence, kd_ratio=kd_ratio,
+                    temperature=temperature, inplace=True, backend="triton",
+                )  # fmt: skip
+    kernels = [launch.compiled.hash for launch in launches]
+    assert kernels[::2] == kernels[1::2]
+    assert len(set(kernels)) == len(pairs)
 
 
 @pytest.mark.parametrize("divergence", MEMBERS, ids=str)

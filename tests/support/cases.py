@@ -12,9 +12,11 @@ from akl_triton import (
     Alpha,
     AlphaBeta,
     Divergence,
+    EntropySwitch,
     ForwardKL,
     Jeffreys,
     JensenShannon,
+    LKHybrid,
     MixedKL,
     ReverseKL,
     SkewKL,
@@ -30,12 +32,14 @@ DIVERGENCES: tuple[Divergence, ...] = (
     ForwardKL(),
     ReverseKL(),
     MixedKL(alpha=0.3),
+    EntropySwitch(tau=3.0),
     JensenShannon(),
     JensenShannon(beta=0.01),
     SkewKL(),
     SkewReverseKL(),
     SkewReverseKL(alpha=0.3, detach=True),
     TotalVariation(),
+    LKHybrid(),
     Alpha(),
     Alpha(a=1.5),
     AlphaBeta(),
@@ -50,6 +54,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "teacher_logit_scale": 1.5,
     },
     "softcaps": {"student_softcap": 5.0, "teacher_softcap": 8.0},
+    "labels": {"kd_ratio": 0.7},
+    "labels at another temperature": {
+        "kd_ratio": 0.25,
+        "temperature": 2.0,
+        "student_logit_scale": 0.5,
+        "student_softcap": 5.0,
+    },
 }
 V_S, V_T = 297, 301
 
@@ -88,3 +99,10 @@ def rows_of_every_kind(finite: bool = False) -> tuple[Tensor, Tensor]:
         }
     student, teacher = (torch.stack(side) for side in zip(*pairs.values(), strict=True))
     return student[:, :V_S].contiguous(), teacher
+
+
+def labels_of(student: Tensor) -> Tensor:
+    """[N] tokens, the first and the last among them, and where there is one a forbidden one."""
+    tokens = torch.arange(len(student)) * 41 % V_S
+    tokens[0], tokens[1] = 0, V_S - 1
+    return tokens

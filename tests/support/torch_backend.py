@@ -50,6 +50,7 @@ def forward(
         student,
         teacher,
         valid,
+        None,
         rule(**options),
         result,
         upstream=upstream,
@@ -70,4 +71,4 @@ def backward(
     **options,
 ) -> None:
     """Write upstream * dloss/dstudent into `out`."""
-    eager.backward(upstream, student, teacher, valid, state, rule(**options), out)
+    eager.backward(upstream, student, teacher, valid, None, state, rule(**options), out)
