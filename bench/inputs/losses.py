@@ -6,6 +6,8 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 import akl_triton
 from akl_triton.divergences import FAMILY
 
@@ -34,4 +36,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "average ties": {"ties": "average"},
     "statistics": {"return_stats": True},
     "softcaps": {"student_softcap": 30.0, "teacher_softcap": 30.0},
+    "labels": {"labels": torch.zeros(2, dtype=torch.int64), "kd_ratio": 0.5},
+    "labels, T = 2": {
+        "labels": torch.zeros(2, dtype=torch.int64),
+        "kd_ratio": 0.5,
+        "temperature": 2.0,
+    },
 }

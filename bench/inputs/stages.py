@@ -18,7 +18,7 @@ FUNCTIONS = {
     STATISTICS: ("row_statistics",),
     BOUNDARY: ("head_boundary",),
     DIVERGENCE: ("row_divergence",),
-    GRADIENT: ("row_gradient", "row_gradient_of_terms"),
+    GRADIENT: ("row_gradient",),
 }
 READS = {STATISTICS: 2, BOUNDARY: 1, DIVERGENCE: 2, GRADIENT: 2}
 # These sweep a row as often as its logits ask for, or never; the others sweep it once.
@@ -27,7 +27,8 @@ SEARCHES = (BOUNDARY, CUT)
 # Which kernels a call launches, in order. The first two are what a loss with its backward launches.
 SEPARATE = ("forward", "backward")
 IN_ONE = ("forward with gradient",)
-# The stages that sweep a row in each, but for the searches.
+# The stages that sweep a row in each, but for the searches. KLs of fixed weights need no sweep of
+# the divergence.
 SWEEPS = {
     "forward": (STATISTICS, DIVERGENCE),
     "backward": (GRADIENT,),

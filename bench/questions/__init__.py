@@ -20,6 +20,7 @@ QUESTIONS = {
     "traffic": "What do they read, write and execute on real logits?",
     "operators": "How many bytes does each way to compute a loss move, operator by operator?",
     "growth": "How does cost grow with the rows and with the vocabulary?",
+    "convergence": "How right is every divergence as the student nears the teacher?",
     "linear": "What do the losses of hidden states hold and take, compared with others?",
     "floor": "Which time can no GPU beat, by the stored figures of the others?",
     "on_real_logits": "Is the PyTorch backend faster than the authors' code here, and as right?",

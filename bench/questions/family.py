@@ -9,6 +9,7 @@ from typing import Any
 
 from bench.inputs.losses import FAMILY_LOSSES, LOSSES
 from bench.inputs.stages import DIVERGENCE, GRADIENT, IN_ONE, SEARCHES, SEPARATE, STATISTICS
+from bench.lab.compile import TARGETS
 from bench.questions.instructions import KernelCost, kernel_costs
 from bench.report.tables import table
 from bench.store import load
@@ -29,13 +30,32 @@ GOALS = {
 
 
 def collect() -> dict[str, Any]:
-    """All figures, about four minutes the first time."""
+    """All figures, about ten minutes the first time."""
+    names = (*LOSSES, *FAMILY_LOSSES)
     return {
         "vocabulary": VOCABULARY,
-        "members": {
-            name: _figures(kernel_costs(name, TARGET, VOCABULARY))
-            for name in (*LOSSES, *FAMILY_LOSSES)
+        "members": {name: _figures(kernel_costs(name, TARGET, VOCABULARY)) for name in names},
+        "labels": {
+            name: _totals(kernel_costs(name, TARGET, VOCABULARY, options="labels"))
+            for name in names
         },
+        "targets": {
+            name: {
+                target: _totals(kernel_costs(name, target, VOCABULARY))
+                for target in TARGETS
+                if target != TARGET
+            }
+            for name in names
+        },
+    }
+
+
+def _totals(costs: dict[str, KernelCost]) -> dict[str, Any]:
+    """Instructions a position of one launch, and the most stack of all."""
+    (one,) = (costs[name] for name in IN_ONE)
+    return {
+        "instructions": one.per_position,
+        "stack_bytes": max(costs[name].stack_bytes for name in (*SEPARATE, *IN_ONE)),
     }
 
 
@@ -53,6 +73,7 @@ def _figures(costs: dict[str, KernelCost]) -> dict[str, Any]:
 
 def markdown(data: dict[str, Any]) -> str:
     stages = (STATISTICS, DIVERGENCE, GRADIENT)
+    of_targets = [target for target in TARGETS if target != TARGET]
     rows: list[tuple[Any, ...]] = []
     for name, figures in data["members"].items():
         total = sum(figures["instructions"].values())
@@ -60,8 +81,9 @@ def markdown(data: dict[str, Any]) -> str:
             (
                 f"`{name}`",
                 f"{total:.1f}",
-                *(f"{figures['instructions'][stage]:.1f}" for stage in stages),
+                *(_number(figures["instructions"].get(stage)) for stage in stages),
                 f"{figures['exps']:.0f}",
+                f"{data['labels'][name]['instructions']:.1f}",
                 f"{GOALS[name]:.0f}" if name in GOALS else "",
                 " / ".join(map(str, figures["registers"])),
                 str(figures["stack_bytes"]),
@@ -79,19 +101,37 @@ def markdown(data: dict[str, Any]) -> str:
             f"that also makes the gradient, {TARGET}, bf16, V = {data['vocabulary']:,}, by stage; "
             "exponentials a position (logarithms and reciprocals are not in this count); registers "
             "of forward, backward and the one launch; and the most bytes of stack that one of them "
-            "has. The numbers of a member (beta, alpha, a, b) are run-time values: they compile "
-            "nothing. "
+            "has. Labels: the total with `kd_ratio`, at T = 1. The numbers of a member (beta, "
+            "alpha, a, b) and the ratio are run-time values: they compile nothing. "
             "The searches of `adaptive_kl` for its head are not counted here.",
             table(
                 (
-                    "divergence", "total", *stages, "exps", "goal", "registers", "stack",
+                    "divergence", "total", *stages, "exps", "labels", "goal", "registers", "stack",
                 ),
                 rows,
             ),
+            "The totals on other GPUs, with the bytes of stack where there are any; gfx942 counts "
+            "what waves of 64 lanes execute:",
+            table(("divergence", *of_targets), [
+                (
+                    f"`{name}`",
+                    *(_with_stack(data["targets"][name][target]) for target in of_targets),
+                )
+                for name in data["members"]
+            ]),
             "Peers, by the stored figures of `python -m bench instructions`:",
             table(("peer", "computes", "instructions"), theirs, texts=2),
         )
     )  # fmt: skip
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.1f}"
+
+
+def _with_stack(totals: dict[str, Any]) -> str:
+    stack = totals["stack_bytes"]
+    return f"{totals['instructions']:.1f}" + (f", {stack} bytes" if stack else "")
 
 
 def _of_peer(peer: dict[str, Any]) -> float:

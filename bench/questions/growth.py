@@ -71,7 +71,7 @@ def over_rows(largest: int) -> list[dict[str, Any]]:
 
 
 def over_vocabularies(vocabularies: Sequence[int]) -> list[dict[str, Any]]:
-    """Of three sweeps (a fixed weight), which only V changes, and with the scans for the head."""
+    """Of two sweeps (a fixed weight), which only V changes, and with the scans for the head."""
     student, teacher = real_logits(ROWS_OF_V)
     found = []
     for v in vocabularies:
@@ -163,7 +163,7 @@ def markdown(data: dict[str, Any]) -> str:
             ),
             "",
             f"Over V, {of_v[0]['rows']} real rows resampled (synthetic). With a fixed weight there "
-            "are three sweeps and no head. The adaptive weight adds the search for the head, which "
+            "are two sweeps and no head. The adaptive weight adds the search for the head, which "
             "depends on the logits. In short rows what is done once a row shows: the statistics "
             "read the first block twice, every lane of the gradient loads the row's numbers.",
             "",

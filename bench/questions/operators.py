@@ -80,10 +80,10 @@ def _torch_backend(student: Tensor, teacher: Tensor) -> None:
     """What adaptive_kl(backend="torch") and its backward run, outside of the operator around it."""
     rule = Rule(AdaptiveKL())
     result = empty_result(student[None], with_stats=False)
-    eager.forward(student, teacher, None, rule, result)
+    eager.forward(student, teacher, None, None, rule, result)
     upstream = torch.ones(()).expand(len(student)) / len(student)
     gradient = torch.empty_like(student)
-    eager.backward(upstream, student, teacher, None, result.state, rule, gradient)
+    eager.backward(upstream, student, teacher, None, None, result.state, rule, gradient)
     student.grad = gradient
 
 

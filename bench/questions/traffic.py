@@ -91,9 +91,10 @@ def per_position(counts: Totals, student: Tensor) -> Totals:
 def scans(student: Tensor, teacher: Tensor, temperature: float) -> dict[str, list[float]]:
     """How much of the teacher's row is read for the boundary, row by row, in rows.
 
-    It is what the adaptive forward reads more than the forward of a fixed weight, which is the same
-    but for the head. "boundary" is that of ties="average"; "cut" is what ties="stable" adds, the
-    second look that the divergence takes at the block of the cut included.
+    It is what the adaptive forward reads more than the forward of a fixed weight that is asked for
+    the gap, which sweeps the row as often but for the head. "boundary" is that of ties="average";
+    "cut" is what ties="stable" adds, the second look that the divergence takes at the block of the
+    cut included.
     """
     row_bytes = teacher.shape[1] * teacher.element_size()
     found: dict[str, list[float]] = {"boundary": [], "cut": []}
@@ -106,7 +107,7 @@ def scans(student: Tensor, teacher: Tensor, temperature: float) -> dict[str, lis
             return totals(counters)["bytes_read"]
 
         for row in range(len(student)):
-            fixed = read(mixed_kl, row)
+            fixed = read(mixed_kl, row, return_stats=True)
             average = read(adaptive_kl, row, ties="average")
             stable = read(adaptive_kl, row, ties="stable")
             found["boundary"].append((average - fixed) / row_bytes)

@@ -19,6 +19,7 @@ SECTIONS = {
     "traffic": "Bytes, executed instructions and scans on real logits",
     "operators": "Bytes, ours and the peers', operator by operator",
     "growth": "Growth with N and V",
+    "convergence": "Errors near convergence",
     "linear": "Fused linear: peak memory and time",
     "floor": "Floors",
     "on_real_logits": "The PyTorch backend and the authors' code on real logits",

@@ -106,7 +106,7 @@ def goals() -> list[Goal]:
         ),
         *(
             Goal(
-                f"change of {what} a position over V, three sweeps, V >= 32,768",
+                f"change of {what} a position over V, two sweeps, V >= 32,768",
                 *("growth", _growth_over_vocabularies(what), FLAT_WITHIN),
                 digits=3,
             )

@@ -20,6 +20,7 @@ FIGURES = {
     "traffic": "bytes_read",
     "operators": "bytes",
     "growth": "bytes",
+    "convergence": "gradient_error",
     "linear": "peak_bytes",
     "floor": "nanoseconds",
     "on_real_logits": "milliseconds",
