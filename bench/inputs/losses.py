@@ -18,12 +18,12 @@ LOSSES: dict[str, Loss] = {
     "forward_kl": akl_triton.forward_kl,
     "reverse_kl": akl_triton.reverse_kl,
 }
-# The members that are sums of terms; each has kernels of its own.
+# The other members of the family; each has kernels of its own.
 FAMILY_LOSSES: dict[str, Loss] = {
     **{
         name: functools.partial(akl_triton.distillation_loss, divergence=name)
-        for name, kind in FAMILY.items()
-        if issubclass(kind, akl_triton.SumOfTerms)
+        for name in FAMILY
+        if name not in LOSSES
     },
     "skew_reverse_kl_detached": functools.partial(
         akl_triton.distillation_loss, divergence=akl_triton.SkewReverseKL(detach=True)
