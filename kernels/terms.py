@@ -104,7 +104,10 @@ def alpha(log_p, log_q, u, f_p, f_q, a, b, CAREFUL: tl.constexpr):
     log_p = _moderate(log_p, CAREFUL)
     log_q = _moderate(log_q, CAREFUL)
     u = _moderate(u, CAREFUL)
-    power = _power(log_q + u * a, CAREFUL)
+    log_power = log_q + u * a
+    if CAREFUL:  # from the larger of the two, whose logarithm has the smaller rounding
+        log_power = tl.where(u > 0.0, log_p + tl.log2(f_p / f_q) + u * (a - 1.0), log_power)
+    power = _power(log_power, CAREFUL)
     x = (tl.exp2(log_p) - (f_q / f_p) * power) * (LOG2E / (1.0 - a))
     return x, (tl.exp2(log_q) - power) * (LOG2E / a)
 
