@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from akl_triton import forward_kl
 from akl_triton.kernels import launch
 from akl_triton.kernels.layout import STATE_WIDTH, STATISTICS
 from bench.lab import ptxcpu
@@ -158,6 +159,36 @@ def test_no_race_between_warps(dtype: torch.dtype) -> None:
             output = run(student, teacher, temperature=2.0)
         for ours, expected in zip(output, lockstep, strict=True):
             assert torch.equal(ours, expected), f"schedule {schedule}"
+
+
+@needs_compiler
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_the_entry_of_a_label_is_read_before_and_written_after_the_others(
+    temperature: float,
+) -> None:
+    """In place, where another warp may be ahead: it lies in a full block, or in the first."""
+    student, teacher = make_rows(5003, 5003, torch.bfloat16, torch.bfloat16)
+    labels = torch.linspace(0, 5002, len(student)).long()
+    results = []
+    for schedule in (0, 1, 2, 3, 4):
+        leaf = student.clone().requires_grad_()
+        with ptxcpu.active(arch=90, sched=schedule):
+            loss = forward_kl(
+                1.0 * leaf,
+                teacher,
+                labels,
+                kd_ratio=0.5,
+                temperature=temperature,
+                inplace=True,
+                backend="triton",
+            )
+            (gradient,) = torch.autograd.grad(loss, leaf)
+        results.append(gradient)
+        assert torch.equal(gradient, results[0]), f"schedule {schedule}"
+    leaf = student.clone().requires_grad_()
+    loss = forward_kl(leaf, teacher, labels, kd_ratio=0.5, temperature=temperature, backend="torch")
+    (expected,) = torch.autograd.grad(loss, leaf)
+    torch.testing.assert_close(results[0], expected, rtol=1e-2, atol=1e-5)
 
 
 @needs_compiler
