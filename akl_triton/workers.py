@@ -12,7 +12,7 @@ import os
 import queue
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, wait
+from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from typing import TypeAlias, TypeVar
 
 import torch
@@ -41,7 +41,8 @@ def share_out(
 
     futures = _workers.submit([task(space) for space in spaces])
     try:
-        for future in futures:
+        done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+        for future in done:
             future.result()
     except BaseException:
         for _ in left:
