@@ -479,7 +479,8 @@ def _add_label_gradient(
     if not cross_entropy.is_of_q:
         softmax = _softmax_of_labels(chunk, student, max_s, cross_entropy, rule).div_(z_1)
         if rule.student_map.softcap is not None:
-            softmax.mul_(_chain(student, rule.student_map, torch.empty_like(softmax)))
+            space = chunk.spare[1, :, : softmax.shape[-1]]
+            softmax.mul_(_chain(student, rule.student_map, out=space))
         gradient.add_(softmax, alpha=rate)
     gradient.scatter_add_(-1, token, of_label)
     if _any(~known):

@@ -24,7 +24,7 @@ def forward(
     valid: torch.Tensor | None,  # [N] bool, N = outer * inner
     labels: torch.Tensor | None,  # [N] int32 | int64, or None without a cross-entropy
     loss: torch.Tensor,  # [N] fp32
-    state: torch.Tensor | None,  # [N, 10] fp32, or None with a gradient
+    state: torch.Tensor | None,  # [N, 12] fp32, or None with a gradient
     stats: torch.Tensor | None,  # [N, 10] fp32, or None where nobody asks
     *,
     mu: float,
@@ -105,7 +105,7 @@ def backward(
     teacher: torch.Tensor,  # [outer, inner, V_t]
     valid: torch.Tensor | None,  # [N] bool
     labels: torch.Tensor | None,  # [N] int32 | int64
-    state: torch.Tensor,  # [N, 10] fp32 of forward
+    state: torch.Tensor,  # [N, 12] fp32 of forward
     upstream: torch.Tensor,  # [N] fp32, any stride
     *,
     temperature: float,

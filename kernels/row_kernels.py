@@ -59,8 +59,8 @@ def forward_kernel(
     HAS_LEAD: tl.constexpr, S_ALIGNED: tl.constexpr, DS_ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """loss = w KL(p || q) + (1 - w) KL(q || p) of one row, w = g_head / gap or given; or the sum
-    of its TERMS; and its weighted sum with the cross-entropy."""
+    """loss = w KL(p || q) + w_r KL(q || p) of one row, w by its head, its entropy, or given; or the
+    sum of its TERMS, w KL(p || q) mixed in where HYBRID; each plus a share of cross-entropy."""
     row = tl.program_id(0).to(tl.int64)
     offset_t = row_offset(row, inner, outer_t, inner_t)
     lead = 0
