@@ -2,9 +2,11 @@
 exact, without a sort and without a probability tensor. See `distillation_loss`."""
 
 from .divergences import (
+    DKD,
     AdaptiveKL,
     Alpha,
     AlphaBeta,
+    DecoupledKL,
     Divergence,
     EntropySwitch,
     ForwardKL,
@@ -43,10 +45,12 @@ from .modules import AdaptiveKLLoss, DistillationLoss, LinearDistillationLoss
 __version__ = "0.1.0"
 
 __all__ = [
+    "DKD",
     "AdaptiveKL",
     "AdaptiveKLLoss",
     "Alpha",
     "AlphaBeta",
+    "DecoupledKL",
     "DistillationLoss",
     "Divergence",
     "DivergenceStats",

@@ -10,8 +10,10 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from .divergences import (
+    DKD,
     TERMS,
     AdaptiveKL,
+    DecoupledKL,
     Divergence,
     EntropySwitch,
     LKHybrid,
@@ -29,8 +31,8 @@ class Backend(Protocol):
 
     Shape:
         student [outer, inner, V_s], teacher [outer, inner, V_t], unit stride in V; valid [N] bool,
-        or None where every row counts; labels [N] int32 or int64, the tokens of the cross-entropy,
-        or None without one; result as in `RowResult`.
+        or None where every row counts; labels [N] int32 or int64, or None where the loss needs
+        none; result as in `RowResult`.
     """
 
     def forward(
@@ -104,6 +106,7 @@ class Triton:
             stable=head.ties == "stable",
             weight=_fixed_weight(divergence),
             **_terms(divergence),
+            parts=_parts(divergence),
             gradient=gradient,
             upstream=upstream,
             damped=damped,
@@ -134,6 +137,7 @@ class Triton:
             label_weight=rule.label_weight,
             weight=_fixed_weight(rule.divergence),
             **_terms(rule.divergence),
+            parts=_parts(rule.divergence),
             **_maps(rule),
         )
 
@@ -167,6 +171,13 @@ def _terms(divergence: Divergence) -> dict[str, Any]:
         "limits": divergence.limits,
         "eta": divergence.eta if isinstance(divergence, LKHybrid) else None,
     }
+
+
+def _parts(divergence: Divergence) -> tuple[float, float] | None:
+    """The weights of the two parts of a decoupled loss."""
+    if isinstance(divergence, (DKD, DecoupledKL)):
+        return divergence.alpha, divergence.beta
+    return None
 
 
 def _maps(rule: Rule) -> dict[str, float | None]:

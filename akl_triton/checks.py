@@ -11,12 +11,15 @@ import numbers
 import operator
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
+
+if TYPE_CHECKING:
+    from .divergences import Rule
 
 LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LABEL_DTYPES = (torch.int64, torch.int32)
@@ -187,17 +190,20 @@ def check_tokens(
 def check_targets(
     labels: Tensor | None,
     mask: Tensor | None,
-    label_weight: float,
+    rule: Rule,
     ignore_index: int,
     vocabulary: int,
 ) -> None:
-    """Where there is a cross-entropy, labels are tokens of the student; looked at on a CPU only."""
-    if not label_weight:
+    """Where the loss needs labels they are tokens of the student; looked at on a CPU only."""
+    if not rule.needs_labels:
         return
+    name = type(rule.divergence).__name__
+    if labels is None and rule.divergence.needs_labels:
+        raise ValueError(f"labels: expected the token of each position for {name}, got None")
     if labels is None:
         raise ValueError(
             "kd_ratio: expected 1 without labels, of which the cross-entropy would be, got "
-            f"{1.0 - label_weight:g}"
+            f"{1.0 - rule.label_weight:g}"
         )
     if labels.device.type != "cpu" or is_traced(labels):
         return
@@ -207,7 +213,8 @@ def check_targets(
     if no_token.any():
         raise ValueError(
             f"labels: expected {ignore_index} or tokens from 0 to {vocabulary - 1}, those of the "
-            f"student, as kd_ratio is not 1, got {int(labels[no_token][0])}"
+            f"student, as {'kd_ratio is not 1' if rule.label_weight else f'{name} needs them'}, "
+            f"got {int(labels[no_token][0])}"
         )
 
 
@@ -330,7 +337,7 @@ def check_number(
     inside = above <= number <= below if closed else above < number < below
     # NaN, too, is refused; math.isfinite would break a graph of torch.compile(dynamic=True).
     if not inside or not -LARGEST <= number <= LARGEST:
-        brackets = "[]" if closed else "()"
+        brackets = ("[" if closed else "(") + ("]" if closed and below < math.inf else ")")
         raise ValueError(
             f"{name}: expected a finite number in {brackets[0]}{above:g}, {below:g}{brackets[1]}, "
             f"got {value}{instead and f'; {instead}'}"

@@ -21,10 +21,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import terms, workers
-from .divergences import TERMS, AdaptiveKL, EntropySwitch, LKHybrid, Rule, SumOfTerms, TwoKL
+from .divergences import (
+    DKD,
+    TERMS,
+    AdaptiveKL,
+    DecoupledKL,
+    EntropySwitch,
+    ForwardKL,
+    LKHybrid,
+    Rule,
+    SumOfTerms,
+    TwoKL,
+)
 from .kernels.layout import STATE_WIDTH
 from .rows import LogitMap, RowResult, blocks, damping
-from .terms import LARGEST_LOG, LARGEST_U
+from .terms import LARGEST_DIFFERENCE, LARGEST_LOG, LARGEST_U
 
 # Budget for the temporaries of a call; at least one row is taken.
 TEMPORARY_BYTES = 64 * 2**20
@@ -71,7 +82,7 @@ class _TermsSlope(NamedTuple):
     z_t: Tensor  # each [R, 1] fp32: the sums of the chunk's p and q
     z_s: Tensor
     pull: Tensor  # weight times the sum of g, less what the cross-entropy adds to q
-    share: Tensor  # of the forward KL that `LKHybrid` mixes with the terms, in g already; else 0
+    share: Tensor  # of the forward KL that is mixed with the terms, in g already; 0 where none is
     careful: Tensor  # 1 where entries are held, and those at -inf are told apart
 
 
@@ -82,6 +93,24 @@ class _CrossEntropy(NamedTuple):
     weight: float
     unit: float  # nats at T = 1 that a unit of the rescaled logits is
     is_of_q: bool  # whether its softmax, at T = 1, is q
+
+
+class _Label(NamedTuple):
+    """The label's token, which `DKD` tells apart from the others; each [R, 1]."""
+
+    token: Tensor  # int64
+    known: Tensor  # bool, whether it is a token of the student
+    student: Tensor  # its logits
+    teacher: Tensor
+
+
+class _Made(NamedTuple):
+    """What a forward pass makes of R rows."""
+
+    loss: Tensor  # [R, 1]
+    state: tuple[Tensor, ...]  # each [R, 1]
+    stats: tuple[Tensor, ...]  # each [R, 1], or none
+    gradient: Callable[[], Tensor]  # dloss/dstudent [R, V_s], asked for no more than once
 
 
 class _Sums(NamedTuple):
@@ -118,41 +147,21 @@ def forward(
 
     def work(rows: _Rows, spaces: Tensor) -> None:
         s, t = _take(student, rows), _take(teacher, rows)
-        max_t, max_s = t.amax(-1, keepdim=True).float(), s.amax(-1, keepdim=True).float()
-        chunk = _exponentials(s, t, max_t, max_s, rule, spaces)
-        more = _statistics_of_sides(chunk, s, t, max_s, max_t) if with_stats else ()
-        of_labels, z_1 = _row_cross_entropy(chunk, s, max_s, cross_entropy, rows, rule)
-        q_weight = cross_entropy.weight if cross_entropy and cross_entropy.is_of_q else 0.0
-        constants: tuple[Tensor, ...]
-        if isinstance(rule.divergence, TwoKL):
-            sums, slope, kept = _divergence(chunk, s, t, max_t, rule, q_weight, with_stats)
-            loss = sums.forward_weight * sums.forward_kl
-            loss = loss + _reverse_weight(sums.forward_weight, rule) * sums.reverse_kl
-            constants, of_student = slope, partial(_gradient, chunk, slope, kept, s, rule)
+        if isinstance(rule.divergence, DKD):
+            assert labels is not None
+            made = _with_label_apart(s, t, labels, cross_entropy, rows, rule, spaces, with_stats)
         else:
-            entries, loss, terms_slope, g = _terms_divergence(chunk, s, t, rule, q_weight)
-            if with_stats:
-                sums = _terms_stats(entries, loss, terms_slope.share, rule)
-            constants = terms_slope
-            of_student = partial(_terms_gradient, chunk, terms_slope, g, s, rule)
-        loss = loss * rule.divergence_weight
-        if cross_entropy is not None:
-            loss = loss + of_labels * cross_entropy.weight
-        result.loss[rows] = loss.squeeze(-1)
-        state = torch.cat((max_t, max_s, z_1, *constants), dim=-1)
+            made = _with_all_tokens(s, t, cross_entropy, rows, rule, spaces, with_stats)
+        result.loss[rows] = made.loss.squeeze(-1)
+        state = torch.cat(made.state, dim=-1)
         result.state[rows] = F.pad(state, (0, STATE_WIDTH - state.shape[-1]))
         if with_stats:
-            result.stats[rows] = torch.cat((*sums, *more, of_labels), dim=-1)
+            result.stats[rows] = torch.cat(made.stats, dim=-1)
         if upstream is not None and by_row is not None:
             scale = upstream[rows]
             if damped:
-                scale = scale / damping(loss.squeeze(-1))
-            gradient_of_rows = of_student()
-            if cross_entropy is not None:
-                _add_label_gradient(
-                    gradient_of_rows, chunk, s, max_s, z_1, cross_entropy, rows, rule
-                )
-            _write(gradient_of_rows, scale, by_row, rows)
+                scale = scale / damping(made.loss.squeeze(-1))
+            _write(made.gradient(), scale, by_row, rows)
 
     _for_each_chunk(work, student, teacher, valid)
     for rows_of in (result.loss, result.state, *((result.stats,) if with_stats else ())):
@@ -178,8 +187,13 @@ def backward(
     def work(rows: _Rows, spaces: Tensor) -> None:
         s, t = _take(student, rows), _take(teacher, rows)
         max_t, max_s, z_1, *constants = state[rows, :, None].unbind(1)
+        if isinstance(rule.divergence, DKD):
+            assert labels is not None
+            label, s, t = _apart(s, t, labels, rows)
         chunk = _exponentials(s, t, max_t, max_s, rule, spaces)
         if isinstance(rule.divergence, TwoKL):
+            if isinstance(rule.divergence, DKD):
+                _leave_out(chunk, label)
             slope = _Slope(*constants[: len(_Slope._fields)])
             kept = None
             if _any(slope.careful):
@@ -194,10 +208,53 @@ def backward(
             of_student = _terms_gradient(chunk, terms_slope, g, s, rule)
         if cross_entropy is not None:
             _add_label_gradient(of_student, chunk, s, max_s, z_1, cross_entropy, rows, rule)
+        if isinstance(rule.divergence, DKD):
+            _put(of_student, label.token, constants[len(_Slope._fields)])
         _write(of_student, upstream[rows], by_row, rows)
 
     _for_each_chunk(work, student, teacher, valid)
     _clear_invalid(by_row, valid)
+
+
+def _with_all_tokens(
+    student: Tensor,
+    teacher: Tensor,
+    cross_entropy: _CrossEntropy | None,
+    rows: _Rows,
+    rule: Rule,
+    spaces: Tensor,
+    with_stats: bool,
+) -> _Made:
+    """R rows of any divergence but `DKD`."""
+    max_t, max_s = teacher.amax(-1, keepdim=True).float(), student.amax(-1, keepdim=True).float()
+    chunk = _exponentials(student, teacher, max_t, max_s, rule, spaces)
+    more = _statistics_of_sides(chunk, student, teacher, max_s, max_t) if with_stats else ()
+    of_labels, z_1 = _row_cross_entropy(chunk, student, max_s, cross_entropy, rows, rule)
+    q_weight = cross_entropy.weight if cross_entropy and cross_entropy.is_of_q else 0.0
+    constants: tuple[Tensor, ...]
+    if isinstance(rule.divergence, TwoKL):
+        sums, slope, kept = _divergence(chunk, student, teacher, max_t, rule, q_weight, with_stats)
+        loss = sums.forward_weight * sums.forward_kl
+        loss = loss + _reverse_weight(sums.forward_weight, rule) * sums.reverse_kl
+        constants, of_divergence = slope, partial(_gradient, chunk, slope, kept, student, rule)
+    else:
+        entries, loss, terms_slope, g = _terms_divergence(chunk, student, teacher, rule, q_weight)
+        if with_stats:
+            sums = _terms_stats(entries, loss, terms_slope.share, rule)
+        constants = terms_slope
+        of_divergence = partial(_terms_gradient, chunk, terms_slope, g, student, rule)
+    loss = loss * rule.divergence_weight
+    if cross_entropy is not None:
+        loss = loss + of_labels * cross_entropy.weight
+
+    def gradient() -> Tensor:
+        of_student = of_divergence()
+        if cross_entropy is not None:
+            _add_label_gradient(of_student, chunk, student, max_s, z_1, cross_entropy, rows, rule)
+        return of_student
+
+    stats = (*sums, *more, of_labels) if with_stats else ()
+    return _Made(loss, (max_t, max_s, z_1, *constants), stats, gradient)
 
 
 def rescale(rows: Tensor, factor: Tensor) -> None:
@@ -208,7 +265,7 @@ def rescale(rows: Tensor, factor: Tensor) -> None:
 
 def _cross_entropy_of(labels: Tensor | None, rule: Rule) -> _CrossEntropy | None:
     """The cross-entropy that the rule, not rescaled yet, asks for."""
-    if labels is None:
+    if labels is None or not rule.label_weight:
         return None
     unit = rule.temperature / _rescaled(rule).temperature
     return _CrossEntropy(labels, rule.label_weight, unit, rule.temperature == 1.0)
@@ -432,7 +489,7 @@ def _row_cross_entropy(
     """Cross-entropy at T = 1 and the denominator of its softmax, each [R, 1]; NaN and 1 without."""
     if cross_entropy is None:
         return torch.full_like(max_s, torch.nan), torch.ones_like(max_s)
-    token, known = _tokens(cross_entropy, rows, student.shape[-1])
+    token, known = _tokens(cross_entropy.labels, rows, student.shape[-1])
     of_label = torch.empty_like(max_s)
     _below_maximum(student.gather(-1, token), max_s, rule.student_map, out=of_label)
     z_1 = _softmax_of_labels(chunk, student, max_s, cross_entropy, rule).sum(-1, keepdim=True)
@@ -451,9 +508,9 @@ def _softmax_of_labels(
     return space.mul_(_LOG2_E * cross_entropy.unit).exp2_()
 
 
-def _tokens(cross_entropy: _CrossEntropy, rows: _Rows, vocabulary: int) -> tuple[Tensor, Tensor]:
+def _tokens(labels: Tensor, rows: _Rows, vocabulary: int) -> tuple[Tensor, Tensor]:
     """[R, 1] int64 tokens, and whether they are tokens of the student."""
-    token = cross_entropy.labels[rows, None].long()
+    token = labels[rows, None].long()
     known = (token >= 0) & (token < vocabulary)
     return token.where(known, 0), known
 
@@ -472,7 +529,7 @@ def _add_label_gradient(
 
     Where that softmax is q, the gradient of the divergence has the first term already."""
     rate = cross_entropy.weight * cross_entropy.unit * rule.student_map.scale
-    token, known = _tokens(cross_entropy, rows, student.shape[-1])
+    token, known = _tokens(cross_entropy.labels, rows, student.shape[-1])
     of_label = torch.full_like(max_s, -rate)
     if rule.student_map.softcap is not None:
         of_label *= _chain(student.gather(-1, token), rule.student_map, torch.empty_like(max_s))
@@ -493,7 +550,7 @@ def _divergence(
     teacher: Tensor,
     max_t: Tensor,
     rule: Rule,
-    q_weight: float,
+    q_weight: float | Tensor,
     with_stats: bool,
 ) -> tuple[_Sums, _Slope, Tensor | None]:
     """Sums of R rows, what their gradient needs, and which entries of d are kept.
@@ -653,12 +710,12 @@ def _terms_divergence(
     broken = (z_t + z_s).isnan()
     loss = (x + total).nan_to_num(_LARGEST, _LARGEST, -_LARGEST).masked_fill(broken, torch.nan)
     total = total.nan_to_num(0.0, _LARGEST, -_LARGEST).masked_fill(broken, torch.nan)
-    share = torch.zeros_like(loss)
-    if isinstance(rule.divergence, LKHybrid):
-        share = torch.exp((loss - 1.0) * rule.divergence.eta)
+    share = _forward_share(loss, rule)
+    if isinstance(rule.divergence, _MIXED):
         forward_kl, kept = _forward_kl(entries)
-        loss = share * forward_kl + (1.0 - share) * loss
-        total = (1.0 - share) * total - share * kept
+        rest = _rest(share, rule)
+        loss = share * forward_kl + rest * loss
+        total = rest * total - share * kept
         _mix_forward_kl(g, entries, share, rule)
     careful = entries[0].no_student is not None or not bool((loss < _HUGE).all())
     pull = rule.divergence_weight * total - q_weight
@@ -726,6 +783,8 @@ def _one_sided(mass: Tensor, log: Tensor, logits: Tensor, *, of_teacher: bool) -
 def _sums(entries: list[_Entries], v_s: int, rule: Rule) -> tuple[Tensor, Tensor]:
     """(sum of x [R, 1], g [R, V_s]), where entries whose limit is infinite are dropped."""
     divergence = rule.divergence
+    if isinstance(divergence, DecoupledKL):
+        return _spread(entries[0], v_s, divergence)
     assert isinstance(divergence, SumOfTerms)
     own = TERMS.get(divergence.name)
     function = terms.TERMS[divergence.terms] if own is None else own.torch
@@ -746,6 +805,40 @@ def _sums(entries: list[_Entries], v_s: int, rule: Rule) -> tuple[Tensor, Tensor
     return torch.cat(of_x, dim=-1).sum(-1, keepdim=True), g
 
 
+def _spread(entry: _Entries, v_s: int, divergence: DecoupledKL) -> tuple[Tensor, Tensor]:
+    """(beta / 2 Var_w(u) [R, 1], g [R, V_s]), w proportional to p^kappa; g sums to 0."""
+    _, _, log_p, _, u, no_student, no_teacher = entry
+    w = torch.mul(log_p, divergence.kappa * _LOG2_E).exp2_()
+    for mask in (no_student, no_teacher):
+        if mask is not None:
+            w.masked_fill_(mask, 0.0)
+    w.div_(w.sum(-1, keepdim=True).clamp(min=_SMALLEST))
+    u = u.clamp(-LARGEST_DIFFERENCE, LARGEST_DIFFERENCE)
+    centred = u.sub_((w * u).sum(-1, keepdim=True))
+    # Again: what w lacks of a sum of 1 counts as many times as u is far from 0.
+    centred.sub_((w * centred).sum(-1, keepdim=True))
+    w.mul_(centred)
+    spread = (w * centred).sum(-1, keepdim=True) * (0.5 * divergence.beta)
+    return spread, F.pad(w.mul_(-divergence.beta), (0, v_s - w.shape[-1]))
+
+
+# The divergences with which a share of the forward KL is mixed.
+_MIXED = LKHybrid, DecoupledKL
+
+
+def _forward_share(loss: Tensor, rule: Rule) -> Tensor:
+    """The weight of the forward KL, where `loss` is that of the terms [R, 1]."""
+    divergence = rule.divergence
+    if isinstance(divergence, LKHybrid):
+        return torch.exp((loss - 1.0) * divergence.eta)
+    return torch.full_like(loss, divergence.alpha if isinstance(divergence, DecoupledKL) else 0.0)
+
+
+def _rest(share: Tensor, rule: Rule) -> Tensor | float:
+    """The weight of the terms where `share` is that of the forward KL."""
+    return 1.0 - share if isinstance(rule.divergence, LKHybrid) else 1.0
+
+
 def _forward_kl(entries: list[_Entries]) -> tuple[Tensor, Tensor]:
     """Forward KL [R, 1], and the teacher's mass of the entries that it does not drop."""
     p, _, _, _, u, no_student, _ = entries[0]
@@ -756,11 +849,11 @@ def _forward_kl(entries: list[_Entries]) -> tuple[Tensor, Tensor]:
 
 def _mix_forward_kl(g: Tensor, entries: list[_Entries], share: Tensor, rule: Rule) -> None:
     """g of the terms [R, V_s] becomes that of the mixture with a share of the forward KL."""
-    if not isinstance(rule.divergence, LKHybrid):
+    if not isinstance(rule.divergence, _MIXED):
         return
     p, *_, no_student, _ = entries[0]
     p = p if no_student is None else p.masked_fill(no_student, 0.0)
-    g.mul_(1.0 - share)
+    g.mul_(_rest(share, rule))
     g[:, : p.shape[-1]].sub_(p * share)
 
 
@@ -777,7 +870,7 @@ def _terms_stats(entries: list[_Entries], loss: Tensor, share: Tensor, rule: Rul
     for x in (forward_kl, reverse_kl, gap):
         x.masked_fill_(loss.isnan(), torch.nan)
     nan = torch.full_like(gap, torch.nan)
-    w = share if isinstance(rule.divergence, LKHybrid) else nan
+    w = share if isinstance(rule.divergence, _MIXED) else nan
     return _Sums(forward_kl, reverse_kl, w, nan, nan, gap)
 
 
@@ -796,6 +889,145 @@ def _terms_gradient(
 def _any(asked: Tensor) -> bool:
     """Whether any row asks for what is to be done; where a look would stall, it is always done."""
     return not _sync_is_free(asked) or bool(asked.any())
+
+
+def _with_label_apart(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor,
+    cross_entropy: _CrossEntropy | None,
+    rows: _Rows,
+    rule: Rule,
+    spaces: Tensor,
+    with_stats: bool,
+) -> _Made:
+    """R rows of `DKD`: the forward KL without the label's token, and what that adds."""
+    divergence = rule.divergence
+    assert isinstance(divergence, DKD)
+    stats: tuple[Tensor, ...] = ()
+    if with_stats:  # of all tokens
+        of_all = rule._replace(divergence=ForwardKL())
+        made = _with_all_tokens(student, teacher, cross_entropy, rows, of_all, spaces, True)
+        no_weight = torch.full_like(made.loss, torch.nan)
+        stats = *made.stats[:2], no_weight, *made.stats[3:]
+    label, student, teacher = _apart(student, teacher, labels, rows)
+    max_t, max_s = teacher.amax(-1, keepdim=True).float(), student.amax(-1, keepdim=True).float()
+    no_others = max_t == -torch.inf, max_s == -torch.inf
+    max_t, max_s = (x.masked_fill(no, 0.0) for x, no in zip((max_t, max_s), no_others, strict=True))
+    chunk = _exponentials(student, teacher, max_t, max_s, rule, spaces)
+    z_1 = torch.ones_like(max_s)
+    if cross_entropy is not None:
+        z_1 = _softmax_of_labels(chunk, student, max_s, cross_entropy, rule).sum(-1, keepdim=True)
+    _leave_out(chunk, label, *no_others)
+    odds_t, odds_s = (
+        _log_odds(logit, maximum, mass.sum(-1, keepdim=True), none, of_side, 1.0 / rule.temperature)
+        for logit, maximum, mass, none, of_side in (
+            (label.teacher, max_t, chunk.p, no_others[0], rule.teacher_map),
+            (label.student, max_s, chunk.q, no_others[1], rule.student_map),
+        )
+    )
+    odds_s = odds_s.masked_fill(~label.known, torch.nan)
+    target, pull = _target(odds_t, odds_s)
+
+    of_target = rule.divergence_weight * divergence.alpha
+    q_weight = -of_target * pull
+    at_label = of_target * _rate(rule) * pull
+    loss = of_target * target
+    if cross_entropy is not None:
+        odds = _log_odds(
+            label.student, max_s, z_1, no_others[1], rule.student_map, cross_entropy.unit
+        ).masked_fill(~label.known, torch.nan)
+        loss = loss - cross_entropy.weight * F.logsigmoid(odds)
+        of_others = cross_entropy.weight * torch.sigmoid(-odds)
+        at_label = at_label - of_others * (cross_entropy.unit * rule.student_map.scale)
+        if cross_entropy.is_of_q:
+            q_weight = q_weight + of_others
+        own = torch.empty_like(max_s)
+        _below_maximum(label.student, max_s, rule.student_map, out=own)
+        z_1 = z_1 + own.mul_(cross_entropy.unit).exp_()
+    if rule.student_map.softcap is not None:
+        at_label = at_label * _chain(label.student, rule.student_map, torch.empty_like(max_s))
+    at_label = at_label.clamp(-_LARGEST, _LARGEST)
+
+    weight = rule.divergence_weight * divergence.beta
+    of_rest = rule._replace(divergence=ForwardKL(), divergence_weight=weight)
+    sums, slope, kept = _divergence(chunk, student, teacher, max_t, of_rest, q_weight, False)
+    loss = loss + weight * sums.forward_kl
+
+    def gradient() -> Tensor:
+        of_student = _gradient(chunk, slope, kept, student, rule)
+        if cross_entropy is not None:
+            _add_label_gradient(of_student, chunk, student, max_s, z_1, cross_entropy, rows, rule)
+        return _put(of_student, label.token, at_label)
+
+    return _Made(loss, (max_t, max_s, z_1, *slope, at_label), stats, gradient)
+
+
+def _apart(
+    student: Tensor, teacher: Tensor, labels: Tensor, rows: _Rows
+) -> tuple[_Label, Tensor, Tensor]:
+    """The label's token, and copies of both sides [R, V] without it, where it is -inf."""
+    token, known = _tokens(labels, rows, student.shape[-1])
+
+    def split(x: Tensor) -> tuple[Tensor, Tensor]:
+        logit = x.gather(-1, token.clamp(max=x.shape[-1] - 1))
+        others = _put(x.clone(), token, torch.full_like(logit, -torch.inf))
+        return logit.masked_fill(token >= x.shape[-1], -torch.inf), others
+
+    (logit_s, student), (logit_t, teacher) = split(student), split(teacher)
+    return _Label(token, known, logit_s, logit_t), student, teacher
+
+
+def _put(x: Tensor, token: Tensor, value: Tensor) -> Tensor:
+    """x[r, token[r]] = value[r], where there is such a column; in place."""
+    inside = token < x.shape[-1]
+    column = token.where(inside, 0)
+    return x.scatter_(-1, column, value.to(x.dtype).where(inside, x.gather(-1, column)))
+
+
+def _leave_out(
+    chunk: _Chunk,
+    label: _Label,
+    no_teacher: Tensor | None = None,
+    no_student: Tensor | None = None,
+) -> None:
+    """Give the label no part in the sums of a chunk.
+
+    A side that has no other token is given this one, so that its sum is not 0, and d a NaN, so that
+    it is noticed that no entry is kept."""
+    nothing = torch.zeros_like(chunk.q[:, :1])
+    no_teacher = nothing if no_teacher is None else no_teacher.float()
+    no_student = nothing if no_student is None else no_student.float()
+    _put(chunk.p, label.token, no_teacher)
+    _put(chunk.q, label.token, no_student)
+    _put(chunk.d, label.token, nothing.masked_fill(no_teacher + no_student > 0.0, torch.nan))
+
+
+def _log_odds(
+    logit: Tensor, maximum: Tensor, z: Tensor, none: Tensor, of_side: LogitMap, unit: float
+) -> Tensor:
+    """ln P/(1-P) of the label from its logit and the others' maximum and sum, all [R, 1].
+
+    A unit of the mapped logits is so many nats; `none` is True where there are no others."""
+    odds = torch.empty_like(maximum)
+    _below_maximum(logit, maximum, of_side, out=odds)
+    odds = (odds * unit - z.log()).clamp(-LARGEST_U, LARGEST_U)
+    forbidden = logit == -torch.inf
+    odds = odds.masked_fill(forbidden, -torch.inf).masked_fill(none, torch.inf)
+    # NaN in the sum shows nowhere else where the label is forbidden.
+    return odds.masked_fill((forbidden & none) | (logit == torch.inf) | z.isnan(), torch.nan)
+
+
+def _target(odds_t: Tensor, odds_s: Tensor) -> tuple[Tensor, Tensor]:
+    """KL of label and not label, and its derivative by the log-odds of the student."""
+    p, not_p, q = torch.sigmoid(odds_t), torch.sigmoid(-odds_t), torch.sigmoid(odds_s)
+    kl = torch.zeros_like(p)
+    for mass, sign, kept in ((p, 1.0, odds_s > -torch.inf), (not_p, -1.0, odds_s < torch.inf)):
+        u = F.logsigmoid(sign * odds_t) - F.logsigmoid(sign * odds_s)
+        kl = kl + torch.where((mass > 0.0) & kept, mass * u, 0.0)
+    p, not_p = p * (odds_s > -torch.inf), not_p * (odds_s < torch.inf)
+    broken = (odds_t + odds_s).isnan() & ~(odds_t.isinf() & odds_s.isinf())
+    return kl.masked_fill(broken, torch.nan), (q * (p + not_p) - p).masked_fill(broken, torch.nan)
 
 
 def _head(

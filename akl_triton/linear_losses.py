@@ -425,7 +425,7 @@ def _loss(
     of_tokens = labels, options["mask"], options["token_weights"]
     checks.check_tokens(*of_tokens, shift, student, of="student_hidden")
     checks.check_targets(
-        labels, options["mask"], rule.label_weight, options["ignore_index"], len(student_weight)
+        labels, options["mask"], rule, options["ignore_index"], len(student_weight)
     )
     items = checks.check_num_items(options["num_items"], reduction, student, of="student_hidden")
     differentiable = torch.is_grad_enabled()
@@ -449,7 +449,7 @@ def _loss(
                 checks.check_can_be_saved(name, tensor)
 
     tokens = student.shape[:-1]
-    valid, targets, factor = rows_that_count(tokens, labels, options, items)
+    valid, targets, factor = rows_that_count(tokens, labels, rule, options, items)
     rows = sides._replace(
         student_hidden=student.reshape(-1, student.shape[-1]),
         teacher_hidden=teacher.reshape(-1, teacher.shape[-1]),

@@ -376,9 +376,7 @@ def _loss(
     inplace, reduction, shift = options["inplace"], options["reduction"], options["shift"]
     checks.check_logits(student, teacher)
     checks.check_tokens(labels, options["mask"], options["token_weights"], shift, student)
-    checks.check_targets(
-        labels, options["mask"], rule.label_weight, options["ignore_index"], student.shape[-1]
-    )
+    checks.check_targets(labels, options["mask"], rule, options["ignore_index"], student.shape[-1])
     items = checks.check_num_items(options["num_items"], reduction, student)
     wants_gradient = student.requires_grad and torch.is_grad_enabled()
     if inplace:
@@ -388,7 +386,7 @@ def _loss(
     backend = resolve_backend(options["backend"], student.device.type)
 
     tokens = student.shape[:-1]
-    valid, targets, factor = rows_that_count(tokens, labels, options, items)
+    valid, targets, factor = rows_that_count(tokens, labels, rule, options, items)
     rows_s, rows_t = as_rows(student, teacher)
     if inplace and wants_gradient:
         # Multiplied, not copied to the device: a copy would wait for it.
@@ -424,16 +422,20 @@ def stats_of(columns: Tensor, tokens: torch.Size) -> DivergenceStats:
 
 
 def rows_that_count(
-    tokens: torch.Size, labels: Tensor | None, options: Any, num_items: float | Tensor | None
+    tokens: torch.Size,
+    labels: Tensor | None,
+    rule: Rule,
+    options: Any,
+    num_items: float | Tensor | None,
 ) -> tuple[Tensor | None, Tensor | None, float | Tensor]:
-    """[N] bool, or None where all rows count; [N] tokens of the cross-entropy, or None without one;
-    and what the loss of a row is multiplied by: a number, [] or [N]."""
+    """[N] bool, or None where all rows count; [N] labels, or None where the loss needs none; and
+    what the loss of a row is multiplied by: a number, [] or [N]."""
     shift, ignored, weights = options["shift"], options["ignore_index"], options["token_weights"]
     valid = targets = None
     if labels is not None:
         labels = _shifted(labels, shift, ignored)
         valid = labels != ignored
-        if options["kd_ratio"] < 1.0:
+        if rule.needs_labels:
             targets = labels.reshape(-1)
     if options["mask"] is not None:
         mask = _shifted(options["mask"], shift, False)

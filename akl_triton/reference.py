@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
@@ -176,6 +177,7 @@ def reference_divergence(
     teacher_logits: Tensor,
     divergence: str,
     *,
+    labels: Tensor | None = None,
     temperature: float = 1.0,
     student_softcap: float | None = None,
     teacher_softcap: float | None = None,
@@ -201,9 +203,20 @@ def reference_divergence(
         alpha_beta (a, b)               (a p^l + b q^l - l p^a q^b) / (a b l), l = a + b
         todi ()                         (p - q) u
         jeffreys ()                     (p - q) u
+        forward_kl (), reverse_kl ()    p u, -q u
+        mixed_kl (alpha)                alpha p u - (1 - alpha) q u
         entropy_switch (tau)            [H(p) > tau] p u - q u, with the entropy H(p) = -sum p ln p
         lk_hybrid (eta)                 w p u + (1 - w) |p - q| / 2, with w = exp(-eta (1 - TV))
                                         constant, TV = sum |p - q| / 2
+        decoupled_kl (alpha, beta, kappa)
+                                        alpha p u + beta/2 w (u - mean)^2, where w_i is p_i^kappa
+                                        over its sum, and mean = sum w u; both sums, as that of w,
+                                        of the tokens that are finite on both sides
+        dkd (alpha, beta)               with y the label: alpha (P ln(P/Q) + (1-P) ln((1-P)/(1-Q)))
+                                        + beta KL(p' || q'), where P = p_y, Q = q_y, and p', q' are
+                                        the distributions without y. An addend of the two whose
+                                        probability is 0 on a side is 0, as is a KL to which a side
+                                        has no other token
 
         Two of the gradients hold a part of the loss constant. With `detach`, skew_reverse_kl does
         so with m. The value of todi is that of v p u - (1 - v) q u with v = sigmoid(u) constant,
@@ -227,6 +240,7 @@ def reference_divergence(
         logit_scale x without a softcap, and the gradient is with respect to x; infinities stay.
     Shape:
         student_logits [N, V_s], teacher_logits [N, V_t]. What the shorter side lacks is -inf there.
+        labels [N], tokens of the student, for dkd.
     Dtype:
         Any floating dtype, also mixed; everything is computed and returned in `dtype`.
     A row with NaN or +inf, or all -inf, on either side is NaN throughout.
@@ -240,6 +254,8 @@ def reference_divergence(
         todi: Jung et al. (ToDi), arXiv 2505.16297.
         entropy_switch: Jin et al., arXiv 2603.07079.
         lk_hybrid: Samarin et al. (LK losses), arXiv 2602.23881.
+        decoupled_kl: Cui et al. (DKL, IKL), arXiv 2305.13948.
+        dkd: Zhao et al., arXiv 2203.08679.
     Example:
         >>> teacher = torch.tensor([[0.75, 0.25]]).log()
         >>> student = torch.tensor([[0.5, 0.5]]).log()
@@ -248,8 +264,13 @@ def reference_divergence(
         [0.25, -0.25, 0.25]
     """
     of_rows: dict[str, Callable[..., DivergenceResult]] = {
+        "forward_kl": partial(_mixed_kl, alpha=1.0),
+        "reverse_kl": partial(_mixed_kl, alpha=0.0),
+        "mixed_kl": _mixed_kl,
         "entropy_switch": _entropy_switch,
         "lk_hybrid": _lk_hybrid,
+        "decoupled_kl": _decoupled_kl,
+        "dkd": partial(_dkd, labels=labels),
     }
     maps: dict[str, Any] = {
         "temperature": temperature,
@@ -264,9 +285,7 @@ def reference_divergence(
     if divergence not in _DIVERGENCES:
         names = ", ".join((*_DIVERGENCES, *of_rows))
         raise ValueError(f"divergence: expected one of {names}, got {divergence!r}")
-    student, teacher = shared_vocabulary(student_logits.detach(), teacher_logits.detach(), dtype)
-    t = mapped_logits(teacher, teacher_softcap, teacher_logit_scale) / temperature
-    s = mapped_logits(student, student_softcap, student_logit_scale) / temperature
+    s, t, slope = _logits_of(student_logits, teacher_logits, **maps)
     p, q = torch.softmax(t, dim=-1), torch.softmax(s, dim=-1)
     log_p, log_q = torch.log_softmax(t, dim=-1), torch.log_softmax(s, dim=-1)
     phi, g = _DIVERGENCES[divergence](p, q, log_p, log_q, **numbers)
@@ -275,7 +294,6 @@ def reference_divergence(
     dropped = forbidden & ~(phi.isfinite() & g.isfinite())
     phi, g = phi.masked_fill(dropped, 0.0), g.masked_fill(dropped, 0.0)
     total = g.sum(-1, keepdim=True)
-    slope = mapped_slope(student, student_softcap, student_logit_scale) / temperature
     grad = (g - q * total) * slope
     sizes = (torch.maximum(p, q) + g.abs() + q * total.abs()) * slope
 
@@ -337,6 +355,11 @@ def _mixture(parts: list[tuple[Tensor, Tensor, Tensor, Tensor]]) -> DivergenceRe
     return DivergenceResult(loss, grad, terms)  # type: ignore[arg-type]
 
 
+def _mixed_kl(student: Tensor, teacher: Tensor, *, alpha: float, **maps: Any) -> DivergenceResult:
+    result = reference_adaptive_kl(student, teacher, weight=alpha, **maps)
+    return DivergenceResult(result.loss, result.grad, result.terms)
+
+
 def _entropy_switch(
     student: Tensor, teacher: Tensor, *, tau: float, **maps: Any
 ) -> DivergenceResult:
@@ -362,6 +385,90 @@ def _lk_hybrid(student: Tensor, teacher: Tensor, *, eta: float, **maps: Any) -> 
             (1.0 - weight, variation.loss, variation.grad, variation.terms),
         ]
     )
+
+
+def _decoupled_kl(
+    student: Tensor, teacher: Tensor, *, alpha: float, beta: float, kappa: float, **maps: Any
+) -> DivergenceResult:
+    forward = reference_adaptive_kl(student, teacher, weight=1.0, **maps)
+    s, t, slope = _logits_of(student, teacher, **maps)
+    kept = (s > -torch.inf) & (t > -torch.inf)
+    u = torch.where(kept, torch.log_softmax(t, dim=-1) - torch.log_softmax(s, dim=-1), 0.0)
+    w = torch.softmax((kappa * t).masked_fill(~kept, -torch.inf), dim=-1)
+    w = w.masked_fill(~kept.any(-1, keepdim=True), 0.0)
+    centred = torch.where(kept, u - (w * u).sum(-1, keepdim=True), 0.0)
+    variance = (w * centred.square()).sum(-1)
+    shape = student.shape[-1]
+    grad = (-w * centred * slope)[:, :shape]
+    sizes = (w * (centred.abs() + u.abs()) * slope).amax(-1)
+    return DivergenceResult(
+        loss=alpha * forward.loss + 0.5 * beta * variance,
+        grad=alpha * forward.grad + beta * grad,
+        terms=alpha * forward.terms + beta * sizes,
+    )
+
+
+def _dkd(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    labels: Tensor | None,
+    alpha: float,
+    beta: float,
+    **maps: Any,
+) -> DivergenceResult:
+    if labels is None:
+        raise ValueError("labels: expected the token of each row for dkd, got None")
+    s, t, slope = _logits_of(student, teacher, **maps)
+    at_label = F.one_hot(labels.long(), s.shape[-1]).bool()
+
+    def apart(x: Tensor) -> tuple[Tensor, Tensor]:
+        """ln of the probabilities of the label and of all others [N, 2], and of these [N, V]."""
+        others = x.masked_fill(at_label, -torch.inf)
+        pair = torch.stack((x[at_label], torch.logsumexp(others, dim=-1)), dim=-1)
+        return torch.log_softmax(pair, dim=-1), torch.log_softmax(others, dim=-1)
+
+    def kl(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The KL over the entries that are finite on both sides, its gradient by the logits of q,
+        and the most that an entry of that is a difference of."""
+        kept = (log_p > -torch.inf) & (log_q > -torch.inf)
+        p, q = (log.exp().nan_to_num(0.0) for log in (log_p, log_q))
+        loss = torch.where(kept, p * (log_p - log_q), 0.0).sum(-1)
+        grad = q * (p * kept).sum(-1, keepdim=True) - p * kept
+        return loss, grad, torch.maximum(p, q)
+
+    (pair_p, others_p), (pair_q, others_q) = apart(t), apart(s)
+    target, of_pair, pair_sizes = kl(pair_p, pair_q)
+    rest, of_rest, sizes = kl(others_p, others_q)
+    # The probabilities of the others move the pair's second logit, by their share of it.
+    share = others_q.exp().nan_to_num(0.0)
+    by_pair = torch.where(at_label, of_pair[:, :1], of_pair[:, 1:] * share)
+    grad = (alpha * by_pair + beta * of_rest) * slope
+    sizes = (alpha * pair_sizes.amax(-1, keepdim=True) + beta * sizes) * slope
+    broken = (torch.log_softmax(t, dim=-1) + torch.log_softmax(s, dim=-1)).isnan().all(-1)
+    return DivergenceResult(
+        loss=(alpha * target + beta * rest).masked_fill(broken, torch.nan),
+        grad=grad.masked_fill(broken[:, None], torch.nan)[:, : student.shape[-1]],
+        terms=sizes.amax(-1).masked_fill(broken, torch.nan),
+    )
+
+
+def _logits_of(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    temperature: float = 1.0,
+    student_softcap: float | None = None,
+    teacher_softcap: float | None = None,
+    student_logit_scale: float = 1.0,
+    teacher_logit_scale: float = 1.0,
+    dtype: torch.dtype = torch.float64,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """s / T and t / T [N, V] of a shared vocabulary, and the derivative of the former."""
+    student, teacher = shared_vocabulary(student.detach(), teacher.detach(), dtype)
+    s = mapped_logits(student, student_softcap, student_logit_scale) / temperature
+    t = mapped_logits(teacher, teacher_softcap, teacher_logit_scale) / temperature
+    return s, t, mapped_slope(student, student_softcap, student_logit_scale) / temperature
 
 
 # Each member takes p, q, ln p, ln q and its numbers, and returns phi and g. Where a logit is -inf,

@@ -32,6 +32,7 @@ Terms: TypeAlias = Callable[..., tuple[Tensor, Tensor]]
 _LOG2_E = math.log2(math.e)
 LARGEST_U = 2.0**127 / _LOG2_E  # of |ln p - ln q|, as the kernels have it: 2^127 bits
 LARGEST_LOG = 2.0**100  # of |ln p| and of |ln q|, which are multiplied by exponents
+LARGEST_DIFFERENCE = 2.0**50  # of |u| where it is squared
 _FAR = 40.0  # where a power too small for fp32 times e^40 is still too small to count
 _LARGEST_PRODUCT_LOG = 120.0 * math.log(2.0)  # of p^a q^b, which is beyond 1 for exponents below 0
 _LARGEST_POWER_LOG = 66.0 * math.log(2.0)  # of p^l and q^l, so that e^40 times them is not infinite

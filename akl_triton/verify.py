@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .divergences import AdaptiveKL, Divergence, EntropySwitch, TwoKL
+from .divergences import AdaptiveKL, Divergence
 from .reference import (
     DivergenceResult,
     Head,
@@ -151,7 +151,8 @@ def exact(
     """The loss of logits [N, V_s] and [N, V_t] and its gradient.
 
     Args:
-        labels, kd_ratio: [N] tokens, with whose cross-entropy the divergence is mixed.
+        labels, kd_ratio: [N] tokens, for a divergence that needs them, and with whose cross-entropy
+            it is mixed.
         size, forward_weight, gap: of adaptive KL, the statistics of the computation that is
             compared: w is that of the head it took, or where there is no gap its own.
         maps: temperature, softcaps and logit scales.
@@ -159,7 +160,14 @@ def exact(
     if kd_ratio < 1.0:
         assert labels is not None
         of = exact(
-            divergence, student, teacher, forward_weight=forward_weight, size=size, gap=gap, **maps
+            divergence,
+            student,
+            teacher,
+            labels=labels,
+            forward_weight=forward_weight,
+            size=size,
+            gap=gap,
+            **maps,
         )
         student_maps = {name: maps[name] for name in maps if name.startswith("student_")}
         return Exact(
@@ -172,24 +180,22 @@ def exact(
                 for part in of
             )
         )
-    if not isinstance(divergence, TwoKL) or isinstance(divergence, EntropySwitch):
+    if not isinstance(divergence, AdaptiveKL):
         numbers = vars(divergence)
         return Exact(
             *(
                 reference_divergence(
-                    student, teacher, divergence.name, dtype=dtype, **numbers, **maps
+                    student, teacher, divergence.name, labels=labels, dtype=dtype, **numbers, **maps
                 )
                 for dtype in (torch.float64, torch.float32)
             )
         )
-    weight: float | Tensor | None = divergence.fixed_weight
-    if isinstance(divergence, AdaptiveKL):
-        rule = {"mu": divergence.mu, "head": divergence.head, "ties": divergence.ties, **maps}
-        if size is None or forward_weight is None or gap is None:
-            weight = reference_adaptive_kl(student, teacher, **rule).forward_weight
-        else:
-            weight = at_head(student, teacher, size, **rule).exact.forward_weight
-            weight = torch.where(gap < NO_GAP, forward_weight.double(), weight)
+    rule = {"mu": divergence.mu, "head": divergence.head, "ties": divergence.ties, **maps}
+    if size is None or forward_weight is None or gap is None:
+        weight = reference_adaptive_kl(student, teacher, **rule).forward_weight
+    else:
+        weight = at_head(student, teacher, size, **rule).exact.forward_weight
+        weight = torch.where(gap < NO_GAP, forward_weight.double(), weight)
     results = (
         reference_adaptive_kl(student, teacher, weight=weight, dtype=dtype, **maps)
         for dtype in (torch.float64, torch.float32)

@@ -80,27 +80,32 @@ def load_full(
 
 
 @triton.jit
-def load_edge(row_ptr, offsets, lead, end):
-    """Logits of an edge block, in fp32, -inf outside the row."""
+def load_edge(row_ptr, offsets, lead, end, apart=None):
+    """Logits of an edge block, in fp32: -inf outside the row, and at `apart` if that is given."""
     inside = (offsets >= lead) & (offsets < end)
+    if apart is not None:
+        inside = inside & (offsets != apart)
     return tl.load(row_ptr + offsets, mask=inside, other=float("-inf")).to(tl.float32)
 
 
 @triton.jit
-def row_max(row, lead, end, BLOCK: tl.constexpr):
-    """max_i x_i."""
+def row_max(row, lead, end, BLOCK: tl.constexpr, apart=None):
+    """max_i x_i, but for what stands at the offset `apart` where that is given."""
     columns = tl.arange(0, BLOCK)
     best = tl.full((BLOCK,), float("-inf"), tl.float32)
     for start in range(0, end, BLOCK):
-        best = tl.maximum(best, load_edge(row, start + columns, lead, end))
+        best = tl.maximum(best, load_edge(row, start + columns, lead, end, apart))
     return tl.max(best, axis=0)
 
 
 @triton.jit
-def row_base(row, lead, end, gain, full, BLOCK: tl.constexpr):
+def row_base(row, lead, end, gain, full, BLOCK: tl.constexpr, apart=None):
     """Half the largest logit of a row whose `full` is 0, else 0. It is found anew where it is
-    needed: kept, it would take a register in the loops of all other rows."""
+    needed: kept, it would take a register in the loops of all other rows. `apart` is that of
+    `row_max`; where it leaves nothing, the base is 0."""
     base = 0.0
     if full == 0:
-        base = 0.5 * capped(row_max(row, lead, end, BLOCK), gain)
+        base = 0.5 * capped(row_max(row, lead, end, BLOCK, apart), gain)
+        if apart is not None:
+            base = tl.where(base > float("-inf"), base, 0.0)
     return base

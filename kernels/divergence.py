@@ -6,9 +6,10 @@
 A token that is -inf on either side counts in the gap.
 
 A divergence that is a sum of terms (see terms.py) has sums of its own, of x and g, and a gap only
-where it is asked for as a statistic. They run on logarithms to base 2 that are off by a constant of
-the row, the rounding of its lse (`normalisers`). Full blocks do not look for tokens that are -inf:
-these make a sum infinite or NaN, and the row is swept again with the edge block's code everywhere.
+where it is asked for as a statistic; `moments` has those of w, w u and w u^2. They run on
+logarithms to base 2 that are off by a constant of the row, the rounding of its lse (`normalisers`).
+Full blocks do not look for tokens that are -inf: these make a sum infinite or NaN, and the row is
+swept again with the edge block's code everywhere.
 """
 
 import triton
@@ -19,23 +20,25 @@ from .blocks import UNROLL, edge_block, edge_count, load_edge, load_full, row_ba
 from .statistics import normalisers
 from .terms import careful_terms, log_ratio
 
-SUMS = tl.constexpr(7)  # of `_add_terms`
+SUMS = tl.constexpr(8)  # of `_add_terms`
 
 
 @triton.jit
 def _add_terms(
     sums, t, p, q, ratio, crossing,
     least,  # logits from here on belong to the head in this block
-    x, g,  # of the terms
+    x, g, u,  # of the terms
     HAS_HEAD: tl.constexpr, STABLE: tl.constexpr,
-    STATS: tl.constexpr, TERMS: tl.constexpr,
+    STATS: tl.constexpr, TERMS: tl.constexpr, MOMENTS: tl.constexpr,
 ):  # fmt: skip
     """Add a block to the sums of |p - q| over all tokens, over the head and over the ties, to the
     counts of both, and to the sums of a divergence's terms."""
-    gap, head, ties, head_count, tie_count, sum_x, sum_g = sums
+    gap, head, ties, head_count, tie_count, sum_x, sum_g, sum_squares = sums
     if TERMS is not None:
         sum_x += x
         sum_g += g
+    if MOMENTS:
+        sum_squares += g * u
     if HAS_HEAD or STATS:
         distance = tl.abs(p - ratio * q)
         gap += distance
@@ -46,7 +49,7 @@ def _add_terms(
         if not STABLE:
             ties += tl.where(t == crossing, distance, 0.0)
             tie_count += (t == crossing).to(tl.float32)
-    return gap, head, ties, head_count, tie_count, sum_x, sum_g
+    return gap, head, ties, head_count, tie_count, sum_x, sum_g, sum_squares
 
 
 @triton.jit
@@ -57,17 +60,23 @@ def row_divergence(
     crossing, taken, cut,  # of the boundary
     forward_weight,  # w where there is no head
     a, b, keep_p, keep_q,  # of the terms: their numbers, and whether an entry of one side counts
+    pivot,  # taken off u where MOMENTS: near its mean, so that no variance cancels
     HAS_HEAD: tl.constexpr, STABLE: tl.constexpr,
-    STATS: tl.constexpr, TERMS: tl.constexpr, ONE_SCALE: tl.constexpr,  # of `log_ratio`
+    STATS: tl.constexpr, TERMS: tl.constexpr,
+    MOMENTS: tl.constexpr,  # whether the terms are those of `moments`
+    ONE_SCALE: tl.constexpr,  # of `log_ratio`
     S_ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """(w, gap, head_size, total_x, total_g, full_end)
+    """(w, gap, head_size, total_x, total_g, variance, full_end)
 
     total_x and total_g are the sums of the terms, in bits, of which blocks 1 .. full_end-1 hold
-    entries that are finite on both sides."""
+    entries that are finite on both sides; or where MOMENTS the sum of w and the mean of u - pivot,
+    whose variance is 0 elsewhere."""
     columns = tl.arange(0, BLOCK)
     lse_t, lse_s, factor_t, factor_s, shift = normalisers(reference_t, z_t, reference_s, z_s)
     ratio = tl.exp2(-shift)
+    if MOMENTS:
+        shift -= pivot
     above_crossing = next_above(crossing)
 
     blocks = tl.cdiv(tl.maximum(end_t, end_s), BLOCK)
@@ -78,6 +87,7 @@ def row_divergence(
     size = 0.0
     total_x = 0.0
     total_g = 0.0
+    total_squares = 0.0
     sweeps = 2
     while sweeps > 0:
         sums = ()
@@ -98,12 +108,13 @@ def row_divergence(
                 log_q = scaled(s, scale_s, gain_s, lse_s)
                 p = tl.exp2(log_p)
                 q = tl.exp2(log_q)
-                x, g = p, q
+                x, g, u = p, q, p
                 if TERMS is not None:
-                    exact_u = log_ratio(t, s, log_p, log_q, scale_t, lse_t, lse_s, shift, ONE_SCALE)
-                    x, g = TERMS(log_p, log_q, exact_u, factor_t, factor_s, a, b, False)
+                    u = log_ratio(t, s, log_p, log_q, scale_t, lse_t, lse_s, shift, ONE_SCALE)
+                    x, g = TERMS(log_p, log_q, u, factor_t, factor_s, a, b, False)
                 sums = _add_terms(
-                    sums, t, p, q, ratio, crossing, least, x, g, HAS_HEAD, STABLE, STATS, TERMS
+                    sums, t, p, q, ratio, crossing, least, x, g, u,
+                    HAS_HEAD, STABLE, STATS, TERMS, MOMENTS,
                 )  # fmt: skip
         base_t = row_base(t_row, lead, end_t, gain_t, full_end, BLOCK)
         base_s = row_base(s_row, lead, end_s, gain_s, full_end, BLOCK)
@@ -116,21 +127,23 @@ def row_divergence(
             log_q = scaled(s, scale_s, gain_s, lse_s, base_s)
             p = tl.exp2(log_p)
             q = tl.exp2(log_q)
-            x, g = p, q
+            x, g, u = p, q, p
             if TERMS is not None:
-                x, g = careful_terms(
+                x, g, u = careful_terms(
                     t, s, log_p, log_q, shift, factor_t, factor_s, a, b, keep_p, keep_q, TERMS
                 )
             least = tl.where((block + 1) * BLOCK <= cut, crossing, above_crossing)
             sums = _add_terms(
-                sums, t, p, q, ratio, crossing, least, x, g, HAS_HEAD, STABLE, STATS, TERMS
+                sums, t, p, q, ratio, crossing, least, x, g, u,
+                HAS_HEAD, STABLE, STATS, TERMS, MOMENTS,
             )  # fmt: skip
         totals = ()
         for i in tl.static_range(SUMS):
             totals = totals + (tl.sum(sums[i], axis=0),)
-        gap, g_head, g_ties, size, ties, total_x, total_g = totals
+        gap, g_head, g_ties, size, ties, total_x, total_g, total_squares = totals
         sweeps -= 1
-        if TERMS is None or tl.abs(total_x) + tl.abs(total_g) < float("inf"):
+        known = tl.abs(total_x) + tl.abs(total_g) + tl.abs(total_squares)
+        if TERMS is None or known < float("inf"):
             sweeps = 0
         elif sweeps > 0:
             full_end = tl.minimum(full_end, 1)
@@ -157,4 +170,13 @@ def row_divergence(
         forward_weight = tl.where(gap == 0.0, 0.5, forward_weight)
     else:
         size = float("nan")
-    return forward_weight, factor_t * gap, size, factor_t * total_x, factor_s * total_g, full_end
+    variance = 0.0
+    if MOMENTS:
+        total_x = tl.where(total_x == 0.0, 1.0, total_x)  # where nothing is kept
+        total_g /= total_x
+        variance = total_squares / total_x - total_g * total_g
+        variance = tl.where(variance < 0.0, 0.0, variance)
+    else:
+        total_x *= factor_t
+        total_g *= factor_s
+    return forward_weight, factor_t * gap, size, total_x, total_g, variance, full_end

@@ -15,9 +15,14 @@ everything that is constant in a row folded into coefficients this is
     ds_j = q_j (slope (log2 p_j - log2 q_j) + offset) - teacher p_j     or      q_j lost
     ds_j = rate g_j - q_j pull - teacher p_j      where teacher is of a forward KL that is mixed in
 
+and for the variance of u with weights w, in place of the first two addends,
+
+    ds_j = rate (w_j u_j - mean w_j)
+
 The cross-entropy adds softmax(s)_j - [j = label], T = 1, times its weight. Where the divergence has
 T = 1 as well the first of these is a part of offset, lost and pull; the second is one entry, which
-is found before the sweep and written behind it.
+is found before the sweep and written behind it, as is the label's where it is apart from all others
+(decoupled.py).
 """
 
 import triton
@@ -79,11 +84,18 @@ def damping(loss):
 
 
 @triton.jit
+def _moderate(coefficient):
+    """Whether full blocks may use it."""
+    return tl.abs(coefficient) < COEFFICIENT_LIMIT
+
+
+@triton.jit
 def _edge_gradient(
     t_row, s_row, offsets, lead, end_t, end_s, scale_t, gain_t, scale_s, gain_s, scale_1,
-    base_t, base_s, lse_t, lse_s, lse_1, c0, c1, c2, c3, c4, c5, of_label, at_label, label_rate,
+    base_t, base_s, lse_t, lse_s, lse_1, coefficients, of_label, at_label, label_rate,
     a, b, keep_p, keep_q,
-    TERMS: tl.constexpr, HYBRID: tl.constexpr, HAS_LABELS: tl.constexpr, UNTEMPERED: tl.constexpr,
+    TERMS: tl.constexpr, HYBRID: tl.constexpr, MOMENTS: tl.constexpr,
+    HAS_LABELS: tl.constexpr, UNTEMPERED: tl.constexpr,
 ):  # fmt: skip
     """ds at any offsets, by the code that knows -inf, what is beyond fp32, and the label."""
     t = load_edge(t_row, offsets, lead, end_t)
@@ -93,18 +105,18 @@ def _edge_gradient(
     q = tl.exp2(log_q)
     kept = (t > float("-inf")) & (s > float("-inf"))
     if TERMS is not None:
-        rate, total, shift, factor_s = c0, c1, c2, c3
+        rate, total, shift, factor_s, of_p, of_q = coefficients
         factor_t = factor_s * tl.exp2(shift)
-        _, g = careful_terms(
+        x, g, _ = careful_terms(
             t, s, log_p, log_q, shift, factor_t, factor_s, a, b, keep_p, keep_q, TERMS
         )
-        ds = rate * held(g - q * total, LARGEST_COEFFICIENT)
+        ds = rate * held(g - (x if MOMENTS else q) * total, LARGEST_COEFFICIENT)
         if HYBRID:
-            ds += q * c5 - tl.where(kept, c4 * tl.exp2(log_p), 0.0)
+            ds += q * of_q - tl.where(kept, of_p * tl.exp2(log_p), 0.0)
         if HAS_LABELS and not UNTEMPERED:
             ds += q * of_label
     else:
-        slope, offset, teacher, lost = c0, c1, c2, c3
+        slope, offset, teacher, lost, _, _ = coefficients
         u = tl.maximum(log_p, LOWEST) - tl.maximum(log_q, LOWEST)
         both = q * (slope * u + offset) - teacher * tl.exp2(log_p)
         ds = tl.where(kept, both, q * lost)
@@ -125,47 +137,63 @@ def row_gradient(
     scale_t, gain_t, scale_s, gain_s, scale_1,  # of `scaled`
     full_end,  # of the divergence
     lse_t, lse_s, lse_1,
-    c0, c1, c2, c3,  # slope, offset, teacher, lost; of terms rate, G, shift, factor_s
-    c4, c5,  # of the forward KL that is mixed with terms: by which p and q are multiplied
-    of_label,  # by which softmax(s), T = 1, is multiplied, where it is not in c1 and c3
+    # Of the KLs (slope, offset, teacher, lost, ds at a label that is apart, 0); of terms (rate, G
+    # or mean, shift, factor_s, and the factors of p and q for a forward KL that is mixed in).
+    coefficients,
+    of_label,  # by which softmax(s), T = 1, is multiplied, where it is not in offset and lost
     label, label_rate,  # by which 1 is, at the label
     a, b, keep_p, keep_q,  # of the terms
     FORWARD: tl.constexpr, REVERSE: tl.constexpr,  # whether their weights may be other than 0
-    TERMS: tl.constexpr, HYBRID: tl.constexpr, ONE_SCALE: tl.constexpr,  # of `log_ratio`
+    TERMS: tl.constexpr, HYBRID: tl.constexpr, MOMENTS: tl.constexpr,  # as in forward_kernel
+    ONE_SCALE: tl.constexpr,  # of `log_ratio`
     HAS_LABELS: tl.constexpr, UNTEMPERED: tl.constexpr,
+    APART: tl.constexpr,  # whether the label is apart from all others
     S_ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Write ds of one row; blocks 1 .. full_end-1 are finite on both sides."""
     columns = tl.arange(0, BLOCK)
-    c0 = held(c0, LARGEST_COEFFICIENT)
-    c1 = held(c1, LARGEST_COEFFICIENT)
-    pull = 0.0
-    factor_t = 0.0
     if TERMS is not None:
-        pull = c0 * c1
+        rate, total, shift, factor_s, of_p, of_q = coefficients
+        rate = held(rate, LARGEST_COEFFICIENT)
+        total = held(total, LARGEST_COEFFICIENT)
+        factor_t = factor_s * tl.exp2(shift)
+        pull = 0.0 if MOMENTS else rate * total
         if HYBRID:
-            pull -= c5
+            pull -= of_q
         if HAS_LABELS and not UNTEMPERED:
             pull -= of_label
-        factor_t = c3 * tl.exp2(c2)
+        moderate = _moderate(rate) & _moderate(total) & _moderate(pull)
+        coefficients = (rate, total, shift, factor_s, of_p, of_q)
     else:
-        c2 = held(c2, LARGEST_COEFFICIENT)
-        c3 = held(c3, LARGEST_COEFFICIENT)
-    moderate = (tl.abs(c0) < COEFFICIENT_LIMIT) & (tl.abs(c1) < COEFFICIENT_LIMIT)
-    moderate = moderate & (tl.abs(pull) < COEFFICIENT_LIMIT)
+        slope, offset, teacher, lost, at_apart, nothing = coefficients
+        slope = held(slope, LARGEST_COEFFICIENT)
+        offset = held(offset, LARGEST_COEFFICIENT)
+        teacher = held(teacher, LARGEST_COEFFICIENT)
+        lost = held(lost, LARGEST_COEFFICIENT)
+        moderate = _moderate(slope) & _moderate(offset)
+        if REVERSE:
+            lse_t, lse_s, slope, offset, teacher, lost = _lifted(
+                lse_t, lse_s, slope, offset, teacher, lost
+            )
+        coefficients = (slope, offset, teacher, lost, at_apart, nothing)
     full_end = tl.where(moderate, full_end, tl.minimum(full_end, 1))
-    if REVERSE and TERMS is None:
-        lse_t, lse_s, c0, c1, c2, c3 = _lifted(lse_t, lse_s, c0, c1, c2, c3)
     at_label = lead + label + tl.arange(0, 1)
     ds_of_label = tl.zeros((1,), tl.float32)
-    if HAS_LABELS:
+    apart = None
+    if APART:
+        apart = lead + label
+        ds_of_label += held(at_apart, LARGEST)
+        if gain_s is not None:
+            ds_of_label *= softcap_slope(load_edge(s_row, at_label, lead, end_s), gain_s)
+        tl.debug_barrier()  # as below
+    elif HAS_LABELS:
         ds_of_label = _edge_gradient(
             t_row, s_row, at_label, lead, end_t, end_s, scale_t, gain_t, scale_s, gain_s, scale_1,
             row_base(t_row, lead, end_t, gain_t, full_end, BLOCK),
             row_base(s_row, lead, end_s, gain_s, full_end, BLOCK),
-            lse_t, lse_s, lse_1, c0, c1, c2, c3, c4, c5, of_label, at_label,
-            label_rate, a, b, keep_p, keep_q, TERMS, HYBRID, HAS_LABELS, UNTEMPERED,
+            lse_t, lse_s, lse_1, coefficients, of_label, at_label,
+            label_rate, a, b, keep_p, keep_q, TERMS, HYBRID, MOMENTS, HAS_LABELS, UNTEMPERED,
         )  # fmt: skip
         tl.debug_barrier()  # ds may be s: nobody writes before this is read
     # Loads stay behind the stores before them (ds may be s): a longer turn takes no registers.
@@ -175,32 +203,34 @@ def row_gradient(
         log_p = scaled(t, scale_t, gain_t, lse_t)
         log_q = scaled(s, scale_s, gain_s, lse_s)
         if TERMS is not None:
-            u = log_ratio(t, s, log_p, log_q, scale_t, lse_t, lse_s, c2, ONE_SCALE)
-            _, g = TERMS(log_p, log_q, u, factor_t, c3, a, b, False)
-            ds = c0 * g - tl.exp2(log_q) * pull
+            u = log_ratio(t, s, log_p, log_q, scale_t, lse_t, lse_s, shift, ONE_SCALE)
+            x, g = TERMS(log_p, log_q, u, factor_t, factor_s, a, b, False)
+            if MOMENTS:
+                g -= total * x
+            ds = rate * g - tl.exp2(log_q) * pull
             if HYBRID:
-                ds -= c4 * tl.exp2(log_p)
+                ds -= of_p * tl.exp2(log_p)
         else:
-            factor = c1
+            factor = offset
             if REVERSE:
-                factor = c0 * (log_p - log_q) + c1
+                factor = slope * (log_p - log_q) + offset
             ds = tl.exp2(log_q) * factor
             if FORWARD:
-                ds -= c2 * tl.exp2(log_p)
+                ds -= teacher * tl.exp2(log_p)
         if UNTEMPERED:
             ds += tl.exp2(scaled(s, scale_1, gain_s, lse_1)) * of_label
         if gain_s is not None:
             ds *= softcap_slope(s, gain_s)
         ds = ds.to(ds_row.dtype.element_ty)
         tl.store(ds_row + block_offsets(block, BLOCK), ds, eviction_policy=DONE)
-    base_t = row_base(t_row, lead, end_t, gain_t, full_end, BLOCK)
-    base_s = row_base(s_row, lead, end_s, gain_s, full_end, BLOCK)
+    base_t = row_base(t_row, lead, end_t, gain_t, full_end, BLOCK, apart)
+    base_s = row_base(s_row, lead, end_s, gain_s, full_end, BLOCK, apart)
     for edge in range(0, edge_count(full_end, tl.cdiv(end_s, BLOCK))):
         offsets = edge_block(edge, full_end) * BLOCK + columns
         ds = _edge_gradient(
             t_row, s_row, offsets, lead, end_t, end_s, scale_t, gain_t, scale_s, gain_s, scale_1,
-            base_t, base_s, lse_t, lse_s, lse_1, c0, c1, c2, c3, c4, c5, of_label, at_label,
-            label_rate, a, b, keep_p, keep_q, TERMS, HYBRID, HAS_LABELS, UNTEMPERED,
+            base_t, base_s, lse_t, lse_s, lse_1, coefficients, of_label, at_label,
+            label_rate, a, b, keep_p, keep_q, TERMS, HYBRID, MOMENTS, HAS_LABELS, UNTEMPERED,
         )  # fmt: skip
         inside = (offsets >= lead) & (offsets < end_s)
         tl.store(ds_row + offsets, ds.to(ds_row.dtype.element_ty), mask=inside)

@@ -22,7 +22,7 @@ def forward(
     student: torch.Tensor,  # [outer, inner, V_s] fp32 | bf16 | fp16, unit stride in V
     teacher: torch.Tensor,  # [outer, inner, V_t]
     valid: torch.Tensor | None,  # [N] bool, N = outer * inner
-    labels: torch.Tensor | None,  # [N] int32 | int64, or None without a cross-entropy
+    labels: torch.Tensor | None,  # [N] int32 | int64, or None where the loss needs none
     loss: torch.Tensor,  # [N] fp32
     state: torch.Tensor | None,  # [N, 12] fp32, or None with a gradient
     stats: torch.Tensor | None,  # [N, 10] fp32, or None where nobody asks
@@ -39,6 +39,7 @@ def forward(
     numbers: tuple[float, ...] = (),  # of the terms, at most two
     limits: tuple[bool, bool] = (True, True),  # whether the terms have one at (p, 0), at (0, q)
     eta: float | None = None,  # of the forward KL that is mixed with the terms
+    parts: tuple[float, float] | None = None,  # alpha and beta of a decoupled loss
     student_softcap: float | None = None,  # logit = softcap tanh(logit_scale x / softcap)
     teacher_softcap: float | None = None,
     student_logit_scale: float = 1.0,
@@ -71,20 +72,21 @@ def forward(
             mu=mu,
             tau=tau or 0.0,
             eta=eta or 0.0,
-            # A sum of terms has none: its statistic is NaN.
-            forward_weight=(weight or 0.0) if terms is None else float("nan"),
+            alpha=0.0 if parts is None else float(parts[0]),
+            beta=0.0 if parts is None else float(parts[1]),
+            forward_weight=_forward_weight(weight, terms, parts),
             divergence_weight=divergence_weight,
             label_weight=label_weight,
-            **_of_terms(terms, numbers, limits, maps),
+            **_of_terms(terms, numbers, limits, eta, parts, maps),
             HAS_HEAD=has_head,
             SWITCHES=tau is not None,
-            HYBRID=eta is not None,
             INCLUSIVE=inclusive,
             STABLE=stable,
-            FORWARD=stats is not None or (weight != 0.0 if terms is None else eta is not None),
+            FORWARD=stats is not None
+            or (weight != 0.0 if terms is None else eta is not None or parts is not None),
             REVERSE=(terms is None and weight != 1.0) or stats is not None,
             STATS=stats is not None,
-            **_cross_entropy(labels, temperature),
+            **_of_labels(labels, temperature, apart=parts is not None and terms is None),
             HAS_MASK=valid is not None,
             HAS_GRADIENT=gradient is not None,
             DAMPED=damped,
@@ -115,6 +117,7 @@ def backward(
     numbers: tuple[float, ...] = (),
     limits: tuple[bool, bool] = (True, True),
     eta: float | None = None,
+    parts: tuple[float, float] | None = None,
     student_softcap: float | None = None,
     teacher_softcap: float | None = None,
     student_logit_scale: float = 1.0,
@@ -138,11 +141,10 @@ def backward(
             stride_upstream=upstream.stride(0),
             label_rate=_fp32(label_weight * student_logit_scale),
             **maps,
-            **_of_terms(terms, numbers, limits, maps),
+            **_of_terms(terms, numbers, limits, eta, parts, maps),
             FORWARD=weight != 0.0,
             REVERSE=weight != 1.0,
-            HYBRID=eta is not None,
-            **_cross_entropy(labels, temperature),
+            **_of_labels(labels, temperature, apart=parts is not None and terms is None),
             HAS_MASK=valid is not None,
             **_addressing(student, teacher, gradient),
             **_registers(
@@ -187,15 +189,25 @@ def _maps(
     return arguments
 
 
-def _cross_entropy(labels, temperature) -> dict:
-    """Whether there is one, and whether its softmax is another than q."""
+def _forward_weight(weight, terms, parts) -> float:
+    """The weight of the forward KL where no stage finds it; NaN where there is none, as the
+    statistic of that name has to be."""
+    if parts is not None:
+        return float("nan") if terms is None else float(parts[0])
+    return (weight or 0.0) if terms is None else float("nan")
+
+
+def _of_labels(labels, temperature, *, apart) -> dict:
+    """Whether there are any, whether their softmax at T = 1 is another than q, and whether their
+    tokens are apart from all others."""
     return {
         "HAS_LABELS": labels is not None,
         "UNTEMPERED": labels is not None and temperature != 1.0,
+        "APART": apart,
     }
 
 
-def _of_terms(terms, numbers, limits, maps) -> dict:
+def _of_terms(terms, numbers, limits, eta, parts, maps) -> dict:
     """Arguments of a divergence that is a sum of terms; its function is compiled, no number is."""
     capped = maps["gain_t"] is not None or maps["gain_s"] is not None
     a, b = (*numbers, 0.0, 0.0)[:2]
@@ -206,6 +218,8 @@ def _of_terms(terms, numbers, limits, maps) -> dict:
         "keep_p": float(limits[0]),
         "keep_q": float(limits[1]),
         "TERMS": terms,
+        "HYBRID": terms is not None and (eta is not None or parts is not None),
+        "MOMENTS": terms is not None and parts is not None,
         "ONE_SCALE": terms is not None and not capped and maps["scale_t"] == maps["scale_s"],
     }
 

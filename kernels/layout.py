@@ -3,10 +3,11 @@
 This file imports nothing, so that it can be read where Triton is not installed.
 """
 
-# The backward's input: lse of the teacher and of the student, the six coefficients of the gradient,
-# lse at T = 1 and the coefficient of the cross-entropy, the end of the full blocks and the size of
-# a block.
-STATE_WIDTH = 12
+# The backward's input: lse of the teacher, of the student and of the student at T = 1, the
+# coefficient of the cross-entropy, the end of the full blocks, the size of a block, and the
+# coefficients of the gradient.
+COEFFICIENTS = 6
+STATE_WIDTH = 6 + COEFFICIENTS
 # The statistics of a token, in the order in which they are stored.
 STATISTICS = (
     *("forward_kl", "reverse_kl", "forward_weight", "head_mass", "head_size", "gap"),

@@ -18,12 +18,15 @@ from . import layout
 from .arithmetic import LN2, LOG2E, rounded_sum
 from .blocks import row_offset, row_pointer
 from .cross_entropy import row_cross_entropy
+from .decoupled import cross_entropy_apart, side_apart, target_terms
 from .divergence import row_divergence
 from .gradient import damping, kl_coefficients, row_gradient
 from .head import head_boundary
 from .statistics import normalisers, row_statistics
 
 STATE_WIDTH = tl.constexpr(layout.STATE_WIDTH)
+FIRST_COEFFICIENT = tl.constexpr(layout.STATE_WIDTH - layout.COEFFICIENTS)
+COEFFICIENTS = tl.constexpr(layout.COEFFICIENTS)
 STATS_WIDTH = tl.constexpr(len(layout.STATISTICS))
 
 
@@ -45,6 +48,7 @@ def forward_kernel(
     rate,  # divergence_weight logit_scale / T of the student
     label_rate,  # label_weight logit_scale of the student
     mu, tau, eta,
+    alpha, beta,  # by which the two parts of a decoupled loss are multiplied
     forward_weight,  # w where there is no head
     divergence_weight, label_weight,  # by which divergence and cross-entropy are multiplied
     a, b, keep_p, keep_q,  # of the terms
@@ -52,15 +56,18 @@ def forward_kernel(
     FORWARD: tl.constexpr, REVERSE: tl.constexpr, STATS: tl.constexpr,
     SWITCHES: tl.constexpr,  # whether the forward KL is added where the teacher's entropy is > tau
     TERMS: tl.constexpr,  # a function of terms.py, or None for the two KLs
-    HYBRID: tl.constexpr,  # whether the forward KL is mixed with them, its weight by eta
+    HYBRID: tl.constexpr,  # whether the forward KL is mixed with them, its weight by eta or alpha
+    MOMENTS: tl.constexpr,  # whether they are `moments`, and the loss is a variance
+    APART: tl.constexpr,  # whether the label is apart from all others, of which the KL is
     ONE_SCALE: tl.constexpr,  # of `log_ratio`
-    HAS_LABELS: tl.constexpr, UNTEMPERED: tl.constexpr,  # a cross-entropy, and one where T is not 1
+    HAS_LABELS: tl.constexpr, UNTEMPERED: tl.constexpr,  # a label, and its softmax where T is not 1
     HAS_MASK: tl.constexpr, HAS_GRADIENT: tl.constexpr, DAMPED: tl.constexpr,
     HAS_LEAD: tl.constexpr, S_ALIGNED: tl.constexpr, DS_ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """loss = w KL(p || q) + w_r KL(q || p) of one row, w by its head, its entropy, or given; or the
-    sum of its TERMS, w KL(p || q) mixed in where HYBRID; each plus a share of cross-entropy."""
+    sum of its TERMS, w KL(p || q) mixed in where HYBRID; or the KLs of the label and of all others;
+    each plus a share of cross-entropy."""
     row = tl.program_id(0).to(tl.int64)
     offset_t = row_offset(row, inner, outer_t, inner_t)
     lead = 0
@@ -74,17 +81,21 @@ def forward_kernel(
         s_row = row_pointer(s_ptr, row_offset(row, inner, outer_s, inner_s), lead, S_ALIGNED)
         end_t = lead + V_t
         end_s = lead + V_s
+        label = 0
+        if HAS_LABELS:
+            label = tl.load(labels_ptr + row).to(tl.int64)
+        apart = None
+        if APART and not STATS:  # they are of all tokens
+            apart = lead + label
         (
             reference_t, z_t, reference_s, z_s, reference_1, z_1, slots, hidden,
             forward_kl, reverse_kl, kept_p, kept_q, entropy_t, entropy_s, agreement, full_end,
         ) = row_statistics(
-            t_row, s_row, lead, end_t, end_s, scale_t, gain_t, scale_s, gain_s, scale_1,
+            t_row, s_row, lead, end_t, end_s, scale_t, gain_t, scale_s, gain_s, scale_1, apart,
             HAS_HEAD or STATS, STATS, SWITCHES, FORWARD, REVERSE, UNTEMPERED, S_ALIGNED, BLOCK,
         )  # fmt: skip
         cross_entropy = float("nan")
-        label = 0
-        if HAS_LABELS:
-            label = tl.load(labels_ptr + row).to(tl.int64)
+        if HAS_LABELS and not APART:
             if UNTEMPERED:
                 cross_entropy = row_cross_entropy(
                     s_row, label, lead, end_s, scale_1, gain_s, reference_1, z_1, full_end, BLOCK
@@ -100,23 +111,58 @@ def forward_kernel(
                 INCLUSIVE, STABLE, BLOCK,
             )  # fmt: skip
         w, total_x, total_g = forward_weight, 0.0, 0.0
+        pivot = forward_kl * LOG2E  # the mean of u where its weights are p
         if HAS_HEAD or STATS or TERMS is not None:
-            w, gap, size, total_x, total_g, full_end = row_divergence(
+            w, gap, size, total_x, total_g, variance, full_end = row_divergence(
                 t_row, s_row, lead, end_t, end_s, scale_t, gain_t, scale_s, gain_s,
                 reference_t, z_t, reference_s, z_s, full_end,
-                crossing, taken, cut, forward_weight, a, b, keep_p, keep_q,
-                HAS_HEAD, STABLE, STATS, TERMS, ONE_SCALE, S_ALIGNED, BLOCK,
+                crossing, taken, cut, forward_weight, a, b, keep_p, keep_q, pivot,
+                HAS_HEAD, STABLE, STATS, TERMS, MOMENTS, ONE_SCALE, S_ALIGNED, BLOCK,
             )  # fmt: skip
         of_reverse = 1.0 - w
         if SWITCHES:
             w = tl.where(entropy_t > tau, 1.0, 0.0)
             of_reverse = 1.0
-        loss = 0.0
-        if TERMS is not None:
+        loss, pull, not_label = 0.0, 0.0, 0.0
+        if MOMENTS:
+            loss = alpha * forward_kl + (0.5 * beta * LN2 * LN2) * variance
+        elif TERMS is not None:
             loss = (total_x + total_g) * LN2
             if HYBRID:
                 w = tl.exp2((loss - 1.0) * (eta * LOG2E))
                 loss = w * forward_kl + (1.0 - w) * loss
+        elif APART:
+            apart = lead + label
+            others = forward_kl
+            if STATS:
+                (
+                    reference_t, z_t, reference_s, z_s, reference_1, z_1, _, _,
+                    others, _, kept_p, _, _, _, _, full_end,
+                ) = row_statistics(
+                    t_row, s_row, lead, end_t, end_s, scale_t, gain_t, scale_s, gain_s, scale_1,
+                    apart, False, False, False, True, False, UNTEMPERED, S_ALIGNED, BLOCK,
+                )  # fmt: skip
+            some = (z_t != 0.0) & (z_s != 0.0)
+            others = tl.where(some, others, 0.0)
+            kept_p = tl.where(some, kept_p, 0.0)
+            odds_t, z_t = side_apart(
+                t_row, apart, lead, end_t, scale_t, gain_t, reference_t, z_t, full_end,
+                float("-inf"), BLOCK,
+            )  # fmt: skip
+            odds_s, z_s = side_apart(
+                s_row, apart, lead, end_s, scale_s, gain_s, reference_s, z_s, full_end,
+                float("nan"), BLOCK,
+            )  # fmt: skip
+            odds_1 = odds_s
+            if UNTEMPERED:
+                odds_1, z_1 = side_apart(
+                    s_row, apart, lead, end_s, scale_1, gain_s, reference_1, z_1, full_end,
+                    float("nan"), BLOCK,
+                )  # fmt: skip
+            target, pull = target_terms(odds_t, odds_s)
+            loss = alpha * target + beta * others
+            cross_entropy, not_label = cross_entropy_apart(odds_1)
+            cross_entropy = tl.where(label_weight != 0.0, cross_entropy, float("nan"))
         else:
             if FORWARD & (w != 0.0):
                 loss += w * forward_kl
@@ -124,7 +170,8 @@ def forward_kernel(
                 loss += of_reverse * reverse_kl
         loss *= divergence_weight
         if HAS_LABELS:
-            loss += label_weight * cross_entropy
+            # 0 times what may be infinite would be NaN.
+            loss += tl.where(label_weight != 0.0, label_weight * cross_entropy, 0.0)
         tl.store(loss_ptr + row, loss)
         if STATS:
             stats = stats_ptr + row * STATS_WIDTH
@@ -146,19 +193,35 @@ def forward_kernel(
             if UNTEMPERED:
                 lse_1, correction = rounded_sum(reference_1, tl.log2(z_1))
                 of_label = tl.exp2(-correction) * label_rate
+            if APART:
+                of_label *= not_label
             # Whatever stands where the label is no token is NaN, as is the loss.
-            of_label = tl.where(cross_entropy == cross_entropy, of_label, float("nan"))
-        c4, c5 = 0.0, 0.0
+            of_label = tl.where(loss == loss, of_label, float("nan"))
         if TERMS is not None:
-            c0, c1, c2, c3 = factor_s * LN2 * rate, total_g, shift, factor_s
+            of_terms = factor_s * LN2 * rate
+            of_p, of_q = 0.0, 0.0
+            if MOMENTS:
+                of_terms = -beta * LN2 * rate / total_x
+                shift -= pivot
+            elif HYBRID:
+                of_terms *= 1.0 - w
             if HYBRID:
-                c0 *= 1.0 - w
-                c4, c5 = factor_t * rate * w, factor_s * rate * w * kept_p
+                of_p, of_q = factor_t * rate * w, factor_s * rate * w * kept_p
+            coefficients = (of_terms, total_g, shift, factor_s, of_p, of_q)
+        elif APART:
+            of_others = 0.0 if UNTEMPERED else of_label
+            coefficients = kl_coefficients(
+                factor_t, factor_s, shift, beta, 0.0, 0.0, kept_p, 0.0, rate,
+                of_others - alpha * pull * rate * factor_s,
+            )  # fmt: skip
+            at_apart = alpha * pull * rate - not_label * label_rate
+            coefficients = coefficients + (at_apart, 0.0)
         else:
-            c0, c1, c2, c3 = kl_coefficients(
+            coefficients = kl_coefficients(
                 factor_t, factor_s, shift, w, of_reverse, reverse_kl, kept_p, kept_q, rate,
                 0.0 if UNTEMPERED else of_label,
             )  # fmt: skip
+            coefficients = coefficients + (0.0, 0.0)
         if HAS_GRADIENT:
             upstream = tl.load(upstream_ptr + row * stride_upstream)
             if DAMPED:
@@ -168,24 +231,20 @@ def forward_kernel(
             )
             _write_gradient(
                 ds_row, t_row, s_row, lead, end_t, end_s, scale_t, gain_t, scale_s, gain_s, scale_1,
-                full_end, upstream, lse_t, lse_s, c0, c1, c2, c3, c4, c5, lse_1, of_label, label,
-                label_rate, a, b, keep_p, keep_q, FORWARD, REVERSE, TERMS, HYBRID, ONE_SCALE,
-                HAS_LABELS, UNTEMPERED, S_ALIGNED, BLOCK,
+                full_end, upstream, lse_t, lse_s, lse_1, coefficients, of_label, label,
+                label_rate, a, b, keep_p, keep_q, FORWARD, REVERSE, TERMS, HYBRID, MOMENTS,
+                ONE_SCALE, HAS_LABELS, UNTEMPERED, APART, S_ALIGNED, BLOCK,
             )  # fmt: skip
         else:
             state = state_ptr + row * STATE_WIDTH
             tl.store(state + 0, lse_t)
             tl.store(state + 1, lse_s)
-            tl.store(state + 2, c0)
-            tl.store(state + 3, c1)
-            tl.store(state + 4, c2)
-            tl.store(state + 5, c3)
-            tl.store(state + 6, c4)
-            tl.store(state + 7, c5)
-            tl.store(state + 8, lse_1)
-            tl.store(state + 9, of_label)
-            tl.store(state + 10, full_end.to(tl.float32))
-            tl.store(state + 11, BLOCK)
+            tl.store(state + 2, lse_1)
+            tl.store(state + 3, of_label)
+            tl.store(state + 4, full_end.to(tl.float32))
+            tl.store(state + 5, BLOCK)
+            for i in tl.static_range(COEFFICIENTS):
+                tl.store(state + FIRST_COEFFICIENT + i, coefficients[i])
     else:
         tl.store(loss_ptr + row, 0.0)
         if STATS:
@@ -214,8 +273,8 @@ def backward_kernel(
     label_rate,
     a, b, keep_p, keep_q,  # of the terms
     FORWARD: tl.constexpr, REVERSE: tl.constexpr,
-    TERMS: tl.constexpr, HYBRID: tl.constexpr, ONE_SCALE: tl.constexpr,
-    HAS_LABELS: tl.constexpr, UNTEMPERED: tl.constexpr,
+    TERMS: tl.constexpr, HYBRID: tl.constexpr, MOMENTS: tl.constexpr, ONE_SCALE: tl.constexpr,
+    HAS_LABELS: tl.constexpr, UNTEMPERED: tl.constexpr, APART: tl.constexpr,
     HAS_MASK: tl.constexpr,
     HAS_LEAD: tl.constexpr, S_ALIGNED: tl.constexpr, DS_ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -237,20 +296,23 @@ def backward_kernel(
         state = state_ptr + row * STATE_WIDTH
         # The forward found its own blocks finite, which may have been narrower; if they were wider,
         # several of these lie in its block 0, where anything may stand.
-        forward_block = tl.load(state + 11).to(tl.int32)
-        forward_end = tl.load(state + 10).to(tl.int32)
+        forward_block = tl.load(state + 5).to(tl.int32)
+        forward_end = tl.load(state + 4).to(tl.int32)
         full_end = tl.where(forward_block <= BLOCK, forward_end * forward_block // BLOCK, 1)
         full_end = tl.where(forward_end == 0, 0, tl.maximum(full_end, 1))
+        coefficients = ()
+        for i in tl.static_range(COEFFICIENTS):
+            coefficients = coefficients + (tl.load(state + FIRST_COEFFICIENT + i),)
         _write_gradient(
             row_pointer(ds_ptr, row_offset(row, inner, outer_ds, inner_ds), lead, DS_ALIGNED),
             row_pointer(t_ptr, offset_t, lead, True),
             row_pointer(s_ptr, row_offset(row, inner, outer_s, inner_s), lead, S_ALIGNED),
             lead, lead + V_t, lead + V_s, scale_t, gain_t, scale_s, gain_s, scale_1,
             full_end, upstream,
-            tl.load(state + 0), tl.load(state + 1), tl.load(state + 2), tl.load(state + 3),
-            tl.load(state + 4), tl.load(state + 5), tl.load(state + 6), tl.load(state + 7),
-            tl.load(state + 8), tl.load(state + 9), label, label_rate, a, b, keep_p, keep_q,
-            FORWARD, REVERSE, TERMS, HYBRID, ONE_SCALE, HAS_LABELS, UNTEMPERED, S_ALIGNED, BLOCK,
+            tl.load(state + 0), tl.load(state + 1), tl.load(state + 2), coefficients,
+            tl.load(state + 3), label, label_rate, a, b, keep_p, keep_q,
+            FORWARD, REVERSE, TERMS, HYBRID, MOMENTS, ONE_SCALE, HAS_LABELS, UNTEMPERED, APART,
+            S_ALIGNED, BLOCK,
         )  # fmt: skip
     else:
         _zero_row(ds_ptr + row_offset(row, inner, outer_ds, inner_ds), V_s, BLOCK)
@@ -259,27 +321,30 @@ def backward_kernel(
 @triton.jit
 def _write_gradient(
     ds_row, t_row, s_row, lead, end_t, end_s, scale_t, gain_t, scale_s, gain_s, scale_1,
-    full_end, upstream, lse_t, lse_s, c0, c1, c2, c3, c4, c5, lse_1, of_label, label, label_rate,
+    full_end, upstream, lse_t, lse_s, lse_1, coefficients, of_label, label, label_rate,
     a, b, keep_p, keep_q,
     FORWARD: tl.constexpr, REVERSE: tl.constexpr,
-    TERMS: tl.constexpr, HYBRID: tl.constexpr, ONE_SCALE: tl.constexpr,
-    HAS_LABELS: tl.constexpr, UNTEMPERED: tl.constexpr,
+    TERMS: tl.constexpr, HYBRID: tl.constexpr, MOMENTS: tl.constexpr, ONE_SCALE: tl.constexpr,
+    HAS_LABELS: tl.constexpr, UNTEMPERED: tl.constexpr, APART: tl.constexpr,
     S_ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The last stage, with the coefficients of `row_gradient` times the upstream gradient."""
-    c0 *= upstream
-    if TERMS is None:
-        c1 *= upstream
-        c2 *= upstream
-        c3 *= upstream
-    if HYBRID:
-        c4 *= upstream
-        c5 *= upstream
+    if TERMS is not None:
+        rate, total, shift, factor_s, of_p, of_q = coefficients
+        of_p *= upstream
+        of_q *= upstream
+        coefficients = (rate * upstream, total, shift, factor_s, of_p, of_q)
+    else:
+        scaled_coefficients = ()
+        for i in tl.static_range(COEFFICIENTS):
+            scaled_coefficients = scaled_coefficients + (coefficients[i] * upstream,)
+        coefficients = scaled_coefficients
     row_gradient(
         ds_row, t_row, s_row, lead, end_t, end_s, scale_t, gain_t, scale_s, gain_s, scale_1,
-        full_end, lse_t, lse_s, lse_1, c0, c1, c2, c3, c4, c5, upstream * of_label,
-        label, upstream * label_rate, a, b, keep_p, keep_q,
-        FORWARD, REVERSE, TERMS, HYBRID, ONE_SCALE, HAS_LABELS, UNTEMPERED, S_ALIGNED, BLOCK,
+        full_end, lse_t, lse_s, lse_1, coefficients, upstream * of_label, label,
+        upstream * label_rate, a, b, keep_p, keep_q,
+        FORWARD, REVERSE, TERMS, HYBRID, MOMENTS, ONE_SCALE, HAS_LABELS, UNTEMPERED, APART,
+        S_ALIGNED, BLOCK,
     )  # fmt: skip
 
 

@@ -13,6 +13,8 @@ ln 2 (v - log2(Z_t / Z_s)), and
     entropy = ln 2 (log2 Z - sum_i 2^x x / Z)            of either side
     agreement = 1 where max_i (t_i + s_i) is max t + max s: where a token is the top of both
 
+A token may be left `apart`: all sums but those of STATS are then without it (see decoupled.py).
+
 A token that is -inf on either side adds nothing to the KLs. Full blocks do not look for it: it
 makes a sum infinite or NaN, and such a row is swept again with the edge block's code everywhere.
 
@@ -43,6 +45,8 @@ SUM_LIMIT = tl.constexpr(2.0**20)
 # Rows whose largest scaled logit exceeds this have it taken off before they are scaled, as
 # `row_base`: the rounding of so large a reference would show, and then overflow.
 REFERENCE_LIMIT = tl.constexpr(2.0**22)
+# A scaled logit of no weight: 2^this is 0.
+NOTHING = tl.constexpr(-(2.0**20))
 # How much may have been lost in an fp32 sum of some hundred terms.
 SUM_SLACK = tl.constexpr(1.0 + 2.0**-14)
 
@@ -56,6 +60,7 @@ def row_statistics(
     end_s,  # lead + V of the student
     scale_t, gain_t, scale_s, gain_s,  # of `scaled`
     scale_1,  # of the student at T = 1
+    apart,  # the offset of a token that is left out, or None
     SLOTS: tl.constexpr,  # whether the slot maxima are wanted; -inf otherwise
     STATS: tl.constexpr,  # whether entropies and agreement are; 0 otherwise
     ENTROPY: tl.constexpr,  # whether that of the teacher is
@@ -67,15 +72,16 @@ def row_statistics(
     """(reference_t, Z_t, reference_s, Z_s, reference_1, Z_1, slots [BLOCK], hidden,
     forward_kl, reverse_kl, kept_p, kept_q, entropy_t, entropy_s, agreement, full_end)
 
-    Z is NaN where a side has no softmax. kept_p and kept_q are the masses of the tokens that are
-    finite on both sides. Blocks 1 .. full_end-1 are full ones, with no other tokens where a KL or
-    the entropies are wanted; full_end = 0 if the row has a base, on both sides."""
+    Z is NaN where a side has no softmax, and 0 where it has nothing but the token apart. kept_p and
+    kept_q are the masses of the tokens that are finite on both sides. Blocks 1 .. full_end-1 are
+    full ones, with no other tokens where a KL or the entropies are wanted; full_end = 0 if the row
+    has a base, on both sides."""
     columns = tl.arange(0, BLOCK)
     full_end = full_blocks_end(end_t, end_s, BLOCK)
     blocks = tl.cdiv(tl.maximum(end_t, end_s), BLOCK)
 
-    first_t = tl.max(load_edge(t_row, columns, lead, end_t), axis=0)
-    first_s = tl.max(load_edge(s_row, columns, lead, end_s), axis=0)
+    first_t = tl.max(load_edge(t_row, columns, lead, end_t, apart), axis=0)
+    first_s = tl.max(load_edge(s_row, columns, lead, end_s, apart), axis=0)
     reference_t = scaled(first_t, scale_t, gain_t, 0.0)
     reference_s = scaled(first_s, scale_s, gain_s, 0.0)
     reference_1 = 0.0
@@ -108,6 +114,10 @@ def row_statistics(
             s = load_full(s_row, block, S_ALIGNED, BLOCK)
             x_t = scaled(t, scale_t, gain_t, reference_t)
             x_s = scaled(s, scale_s, gain_s, reference_s)
+            if apart is not None:
+                here = columns == apart - block * BLOCK
+                x_t = tl.where(here, NOTHING, x_t)
+                x_s = tl.where(here, NOTHING, x_s)
             e_t = tl.exp2(x_t)
             e_s = tl.exp2(x_s)
             sum_t += e_t
@@ -117,7 +127,10 @@ def row_statistics(
             if REVERSE:
                 sum_reverse += e_s * (x_t - x_s)
             if UNTEMPERED:
-                sum_1 += tl.exp2(scaled(s, scale_1, gain_s, reference_1))
+                x_1 = scaled(s, scale_1, gain_s, reference_1)
+                if apart is not None:
+                    x_1 = tl.where(here, NOTHING, x_1)
+                sum_1 += tl.exp2(x_1)
             if SLOTS:
                 slots = tl.maximum(slots, t)
             if ENTROPY or STATS:
@@ -128,12 +141,12 @@ def row_statistics(
                 both = tl.maximum(both, t + s)
         sum_lost_t = tl.zeros((BLOCK,), tl.float32)
         sum_lost_s = tl.zeros((BLOCK,), tl.float32)
-        base_t = row_base(t_row, lead, end_t, gain_t, full_end, BLOCK)
-        base_s = row_base(s_row, lead, end_s, gain_s, full_end, BLOCK)
+        base_t = row_base(t_row, lead, end_t, gain_t, full_end, BLOCK, apart)
+        base_s = row_base(s_row, lead, end_s, gain_s, full_end, BLOCK, apart)
         for edge in range(0, edge_count(full_end, blocks)):
             offsets = edge_block(edge, full_end) * BLOCK + columns
-            t = load_edge(t_row, offsets, lead, end_t)
-            s = load_edge(s_row, offsets, lead, end_s)
+            t = load_edge(t_row, offsets, lead, end_t, apart)
+            s = load_edge(s_row, offsets, lead, end_s, apart)
             x_t = scaled(t, scale_t, gain_t, reference_t, base_t)
             x_s = scaled(s, scale_s, gain_s, reference_s, base_s)
             e_t = tl.exp2(x_t)
@@ -190,10 +203,12 @@ def row_statistics(
                 reference_t += tl.log2(z_t)
                 reference_s += tl.log2(z_s)
             else:
-                reference_t = scaled(row_max(t_row, lead, end_t, BLOCK), scale_t, gain_t, 0.0)
-                reference_s = scaled(row_max(s_row, lead, end_s, BLOCK), scale_s, gain_s, 0.0)
+                max_t = row_max(t_row, lead, end_t, BLOCK, apart)
+                max_s = row_max(s_row, lead, end_s, BLOCK, apart)
+                reference_t = scaled(max_t, scale_t, gain_t, 0.0)
+                reference_s = scaled(max_s, scale_s, gain_s, 0.0)
                 if UNTEMPERED:
-                    reference_1 = scaled(row_max(s_row, lead, end_s, BLOCK), scale_1, gain_s, 0.0)
+                    reference_1 = scaled(max_s, scale_1, gain_s, 0.0)
                 if (_moderate(reference_t) & _moderate(reference_s) & _moderate(reference_1)) == 0:
                     reference_t = 0.0
                     reference_s = 0.0

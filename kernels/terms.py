@@ -21,8 +21,10 @@ import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
-from .arithmetic import LOG2E, LOWEST
+from .arithmetic import LOG2E, LOWEST, held
 
+# A difference of logits is held here where it is squared, so that a row of them has a finite sum.
+LARGEST_DIFFERENCE = tl.constexpr(2.0**50)
 # A ratio of probabilities beyond 2^126 is as good as none: every term of it has reached its limit.
 LARGEST_LOG_RATIO = tl.constexpr(126.0)
 LARGEST_LOG = tl.constexpr(2.0**64)
@@ -45,16 +47,18 @@ def has_fast_math():
 def careful_terms(
     t, s, log_p, log_q, shift, f_p, f_q, a, b, keep_p, keep_q, TERMS: tl.constexpr
 ):  # fmt: skip
-    """The terms of entries that may be -inf on a side: dropped where the limit is infinite."""
+    """(x, g, u) of entries that may be -inf on a side: x and g are 0 where the limit is infinite,
+    and u is held where it is squared."""
     log_p = tl.maximum(log_p, LOWEST)
     log_q = tl.maximum(log_q, LOWEST)
-    x, g = TERMS(log_p, log_q, log_p - log_q + shift, f_p, f_q, a, b, True)
+    u = log_p - log_q + shift
+    x, g = TERMS(log_p, log_q, u, f_p, f_q, a, b, True)
     counts = tl.where(
         t > float("-inf"),
         (s > float("-inf")) | (keep_p != 0.0),
         (s > float("-inf")) & (keep_q != 0.0),
     )
-    return tl.where(counts, x, 0.0), tl.where(counts, g, 0.0)
+    return tl.where(counts, x, 0.0), tl.where(counts, g, 0.0), held(u, LARGEST_DIFFERENCE)
 
 
 @triton.jit
@@ -147,6 +151,15 @@ def jeffreys(log_p, log_q, u, f_p, f_q, a, b, CAREFUL: tl.constexpr):
     p = tl.exp2(log_p)
     q = tl.exp2(log_q)
     return p * u + (p - (f_q / f_p) * q) * LOG2E, (q - (f_p / f_q) * p) * LOG2E - q * u
+
+
+@triton.jit
+def moments(log_p, log_q, u, f_p, f_q, a, b, CAREFUL: tl.constexpr):
+    """(w, w u), w = p^a up to a factor of the row: no x and g, but what gives mean and variance."""
+    if CAREFUL:
+        u = held(u, LARGEST_DIFFERENCE)
+    w = tl.exp2(log_p * a)
+    return w, w * u
 
 
 @triton.jit

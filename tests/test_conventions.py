@@ -15,10 +15,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from akl_triton.reference import reference_adaptive_kl, reference_divergence
+from akl_triton.reference import reference_divergence
 
 CHOOSING = (Path(__file__).resolve().parents[1] / "docs" / "choosing.md").read_text("utf-8")
 T = 2.0
+LABELS = torch.tensor([0, 10, 4, 4])
 GENERATOR = torch.Generator().manual_seed(0)
 STUDENT, TEACHER = 3.0 * torch.randn(2, 4, 11, generator=GENERATOR, dtype=torch.float64)
 
@@ -105,6 +106,27 @@ def distillm_2_chosen(q: Tensor, p: Tensor, alpha: float) -> Tensor:
 
 def distillm_2_rejected(q: Tensor, p: Tensor, alpha: float) -> Tensor:
     return kl(q, mixture(q.detach(), p, alpha))
+
+
+def gkl(q: Tensor, p: Tensor, alpha: float, beta: float, gamma: float) -> Tensor:
+    """jiequancui/DKL, GKL-KD: dkl_loss with GI=False and T = T2, whose logits are divided by T"""
+    pairs = (p[:, :, None] - p[:, None, :]) - (q[:, :, None] - q[:, None, :])
+    weights = p.exp() ** gamma
+    weights = weights[:, :, None] * weights[:, None, :]
+    mse = 0.25 * (pairs**2 * weights).sum((1, 2)) / weights.sum((1, 2))
+    return beta * mse - alpha * (p.exp() * q).sum(-1)
+
+
+def mdistiller_dkd(q: Tensor, p: Tensor, alpha: float, beta: float) -> Tensor:
+    """megvii-research/mdistiller, distillers/DKD.py: dkd_loss of a row, less its factor T^2"""
+    at_label = torch.nn.functional.one_hot(LABELS, q.shape[-1]).bool()
+    both = []
+    for log in (q, p):
+        parts = [(log.exp() * mask).sum(-1, keepdim=True) for mask in (at_label, ~at_label)]
+        both.append(torch.cat(parts, dim=-1).log())
+    tckd = kl(both[1], both[0])
+    nckd = kl((p - 1000.0 * at_label).log_softmax(-1), (q - 1000.0 * at_label).log_softmax(-1))
+    return alpha * tckd + beta * nckd
 
 
 def abkd(q: Tensor, p: Tensor, alpha: float, beta: float) -> Tensor:
@@ -218,16 +240,27 @@ def translations(x: float) -> list[Translation]:
             {"alpha": x, "beta": 0.7},
             [(1.0, "alpha_beta", {"a": x, "b": 0.7})],
         ),
+        Translation(
+            "| `dkl_loss(alpha, beta, gamma)` | GKL-KD | `DecoupledKL(alpha, beta, kappa=gamma)`, "
+            "plus alpha times the teacher's entropy |",
+            gkl,
+            {"alpha": x, "beta": 3.0, "gamma": 2.0 * x},
+            [(1.0, "decoupled_kl", {"alpha": x, "beta": 3.0, "kappa": 2.0 * x})],
+            of_entropy=x,
+        ),
+        Translation(
+            "| `dkd_loss(alpha, beta)` | mdistiller | `DKD(alpha, beta)` with `scale_by_t2` |",
+            mdistiller_dkd,
+            {"alpha": x, "beta": 8.0},
+            [(1.0, "dkd", {"alpha": x, "beta": 8.0})],
+        ),
     ]
 
 
 def oracle(name: str, numbers: dict[str, Any], temperature: float = T) -> tuple[Tensor, Tensor]:
-    if name == "mixed_kl":
-        mixed = reference_adaptive_kl(
-            STUDENT, TEACHER, weight=numbers["alpha"], temperature=temperature
-        )
-        return mixed.loss, mixed.grad
-    result = reference_divergence(STUDENT, TEACHER, name, temperature=temperature, **numbers)
+    result = reference_divergence(
+        STUDENT, TEACHER, name, labels=LABELS, temperature=temperature, **numbers
+    )
     return result.loss, result.grad
 
 

@@ -111,7 +111,7 @@ def test_every_row(
     student, teacher = rows_of_every_kind(finite=door == "hidden states")
     maps = dict(OPTIONS[options])
     kd_ratio = maps.pop("kd_ratio", 1.0)
-    labels = labels_of(student) if kd_ratio < 1.0 else None
+    labels = labels_of(student) if kd_ratio < 1.0 or divergence.needs_labels else None
     upstream = torch.linspace(-1.0, 2.0, len(student))
     with_stats = isinstance(divergence, AdaptiveKL) or door != "in place"
     call: dict[str, Any] = {

@@ -121,13 +121,18 @@ def test_compiled_module_on_a_view(backend: Backend, device: torch.device, inpla
 def test_every_divergence_is_an_operator_and_one_graph(divergence: Divergence) -> None:
     student, teacher = make_logits(torch.device("cpu"))
     leaf = student.clone().requires_grad_()
+    labels = torch.arange(6).view(2, 3)
+    of_rows = labels.flatten() if divergence.needs_labels else None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # opcheck's own
         rest = (False, "torch", *Rule(divergence).pack())
-        torch.library.opcheck(ops.divergence, (leaf, teacher, None, None, *rest))
+        torch.library.opcheck(ops.divergence, (leaf, teacher, None, of_rows, *rest))
 
     def run(hidden: Tensor) -> tuple[Tensor, ...]:
-        return (distillation_loss(2 * hidden, teacher, divergence=divergence, backend="torch"),)
+        loss: Tensor = distillation_loss(
+            2 * hidden, teacher, labels, divergence=divergence, backend="torch"
+        )
+        return (loss,)
 
     torch.compiler.reset()  # the same function is compiled for each divergence
     assert_compiled_equals_eager(run, student)

@@ -205,6 +205,84 @@ def test_weights_that_are_statistics_of_the_row(
     torch.testing.assert_close(result.grad, grad, rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
+@pytest.mark.parametrize("kappa", [0.0, 1.0, 2.5])
+def test_decoupled_kl_is_the_papers_error_of_all_pairs(kappa: float, temperature: float) -> None:
+    """1/4 sum_ij w_i w_j ((t_i - t_j) - (s_i - s_j))^2, of which ours takes no pairs, and the
+    cross-entropy of p and q less the entropy of p."""
+    teacher = random_logits(3, 7, seed=1)
+    student = random_logits(3, 7, seed=2).requires_grad_()
+    options: Numbers = {"alpha": 0.6, "beta": 1.7, "kappa": kappa, "temperature": temperature}
+    result = reference_divergence(student, teacher, "decoupled_kl", **options)
+    t, s = teacher / temperature, student / temperature
+    p = t.softmax(-1)
+    w = p**kappa / (p**kappa).sum(-1, keepdim=True)
+    pairs = (t[:, :, None] - t[:, None, :]) - (s[:, :, None] - s[:, None, :])
+    squares = 0.25 * (w[:, :, None] * w[:, None, :] * pairs.square()).sum((-1, -2))
+    cross_entropy = -(p * s.log_softmax(-1)).sum(-1)
+    loss = 1.7 * squares + 0.6 * (cross_entropy - torch.special.entr(p).sum(-1))
+    (grad,) = torch.autograd.grad(loss.sum(), student)
+    torch.testing.assert_close(result.loss, loss.detach(), rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(result.grad, grad, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
+def test_dkd(temperature: float) -> None:
+    """The KLs of (P, 1 - P) and of the other tokens' probabilities, by autograd."""
+    teacher = random_logits(4, 7, seed=1)
+    student = random_logits(4, 7, seed=2).requires_grad_()
+    labels = torch.tensor([0, 6, 3, 3])
+    options: Numbers = {"alpha": 0.6, "beta": 3.0, "temperature": temperature}
+    result = reference_divergence(student, teacher, "dkd", labels=labels, **options)
+    losses = []
+    for s, t, label in zip(student / temperature, teacher / temperature, labels, strict=True):
+        q, p = s.softmax(-1), t.softmax(-1)
+        others = torch.arange(7) != label
+        of_q, of_p = (torch.stack((x[label], x[others].sum())) for x in (q, p))
+        target = (of_p * (of_p / of_q).log()).sum()
+        p_rest, q_rest = (x[others] / x[others].sum() for x in (p, q))
+        losses.append(0.6 * target + 3.0 * (p_rest * (p_rest / q_rest).log()).sum())
+    loss = torch.stack(losses)
+    (grad,) = torch.autograd.grad(loss.sum(), student)
+    torch.testing.assert_close(result.loss, loss.detach(), rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(result.grad, grad, rtol=1e-12, atol=1e-13)
+
+
+def test_dkd_is_the_forward_kl_where_the_rest_weighs_what_the_label_leaves() -> None:
+    student, teacher = pair(20)
+    labels = torch.tensor([0, 29, 3, 3])
+    left = 1.0 - teacher.softmax(-1).gather(-1, labels[:, None])
+    for row in range(4):
+        one = slice(row, row + 1)
+        numbers: Numbers = {"alpha": 1.0, "beta": left[row].item()}
+        ours = reference_divergence(
+            student[one], teacher[one], "dkd", labels=labels[one], **numbers
+        )
+        assert_same(ours, kl(student[one], teacher[one], forward=1.0))
+
+
+@pytest.mark.parametrize(
+    ("p", "q", "loss", "grad"),
+    [
+        ([0.5, 0.25, 0.25], [0.0, 0.5, 0.5], 0.5 * math.log(0.5), [0.0, 0.0, 0.0]),
+        ([0.0, 0.5, 0.5], [0.5, 0.25, 0.25], math.log(2.0), [0.5, -0.25, -0.25]),
+        ([0.5, 0.25, 0.25], [1.0, 0.0, 0.0], 0.5 * math.log(0.5), [0.0, 0.0, 0.0]),
+        ([1.0, 0.0, 0.0], [0.5, 0.25, 0.25], math.log(2.0), [-0.5, 0.25, 0.25]),
+        ([0.0, 1.0, 0.0], [0.0, 0.0, 1.0], 0.0, [0.0, 0.0, 0.0]),
+    ],
+)
+def test_dkd_where_a_side_has_the_label_alone_or_all_others(
+    p: list[float], q: list[float], loss: float, grad: list[float]
+) -> None:
+    """Label 0; what would be infinite is dropped, as is the KL of the others where there are none
+    on a side."""
+    teacher, student = (torch.tensor([x], dtype=torch.float64).log() for x in (p, q))
+    labels = torch.tensor([0])
+    result = reference_divergence(student, teacher, "dkd", labels=labels, alpha=1.0, beta=3.0)
+    assert result.loss.item() == pytest.approx(loss, abs=1e-15)
+    assert result.grad[0].tolist() == pytest.approx(grad, abs=1e-15)
+
+
 @pytest.mark.parametrize("softcap", [None, 3.0])
 def test_cross_entropy(softcap: float | None) -> None:
     """Against PyTorch's, and a forbidden label has an infinite one."""

@@ -120,7 +120,7 @@ def test_what_register_refuses(hellinger: Any) -> None:
         b: float = number(1.0)
         c: float = number(1.0)
 
-    with pytest.raises(ValueError, match=r"^kind: expected at most two fields that are numbers"):
+    with pytest.raises(ValueError, match=r"^kind: expected at most two numbers for its f"):
         register(Greedy, torch=torch_terms)
     with pytest.raises(ValueError, match=r"^strength: expected a finite number in \(0, inf\)"):
         hellinger(-1.0)

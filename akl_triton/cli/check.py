@@ -55,6 +55,13 @@ class Case:
     edit: Edit | None = None  # changes (student, teacher, labels) in place
 
 
+class Inputs(NamedTuple):
+    student: Tensor  # [N, V_s]
+    teacher: Tensor  # [N, V_t]
+    labels: Tensor  # [N]
+    upstream: Tensor  # [N]
+
+
 class Result(NamedTuple):
     loss_error: float  # of 1 + |loss|
     gradient_error: float  # beyond the rounding of its dtype
@@ -111,6 +118,8 @@ CASES = (
     Case("both of these", divergence=AdaptiveKL(head="inclusive", ties="average")),
     Case("softcap of 30", options={"student_softcap": 30.0, "teacher_softcap": 30.0}),
     Case("logit scales", options={"student_logit_scale": 0.5, "teacher_logit_scale": 2.0}),
+    Case("kd_ratio = 0.5", 50257, options={"kd_ratio": 0.5}),
+    Case("kd_ratio, hidden states", options={"kd_ratio": 0.5, "temperature": 2.0}, linear=True),
     Case("all teacher logits equal", edit=_all_equal),
     Case("one-hot teacher", edit=_one_hot),
     Case("student = teacher", edit=_same),
@@ -187,7 +196,7 @@ def make_inputs(case: Case) -> tuple[Tensor, Tensor, Tensor]:
     teacher = noise[0] - 2.0 * rank.log()
     student = (teacher + noise[1])[:, :vocabulary].to(case.student_dtype)
     teacher = teacher.to(case.teacher_dtype)
-    labels = torch.zeros(rows, dtype=torch.long)
+    labels = torch.arange(rows) * (vocabulary - 1) // rows
     if case.edit:
         case.edit(student, teacher, labels)
     return student, teacher, labels
@@ -195,17 +204,16 @@ def make_inputs(case: Case) -> tuple[Tensor, Tensor, Tensor]:
 
 def compare(case: Case, student: Tensor, teacher: Tensor, labels: Tensor, backend: str) -> Result:
     """The worst over the rows of one case: forward, backward, and the gradient in place."""
-    valid = labels != IGNORED
     upstream = torch.linspace(-1.0, 2.0, len(labels))
     evaluate = through_heads if case.linear else on_logits
     outcome = evaluate(case, student, teacher, labels.to(student.device), upstream, backend)
-    return judge(case, student.cpu()[valid], teacher.cpu()[valid], upstream[valid], valid, outcome)
+    return judge(case, Inputs(student.cpu(), teacher.cpu(), labels, upstream), outcome)
 
 
-def judge(
-    case: Case, student: Tensor, teacher: Tensor, upstream: Tensor, valid: Tensor, outcome: Outcome
-) -> Result:
+def judge(case: Case, inputs: Inputs, outcome: Outcome) -> Result:
     """The rows that count against the oracle, and the others against 0."""
+    valid = inputs.labels != IGNORED
+    student, teacher, labels, upstream = (x[valid] for x in inputs)
     loss, stats = outcome.loss.cpu(), outcome.stats
     claims = {name: column.cpu()[valid] for name, column in stats._asdict().items()}
     found = []
@@ -216,11 +224,13 @@ def judge(
         return Result(0.0, 0.0, found)
     if isinstance(case.divergence, AdaptiveKL):
         of_head = {name: claims[name] for name in ("head_size", "head_mass", "forward_weight")}
-        found += head_faults(student, teacher, **of_head, **vars(case.divergence), **case.options)
+        maps = {name: value for name, value in case.options.items() if name != "kd_ratio"}
+        found += head_faults(student, teacher, **of_head, **vars(case.divergence), **maps)
     of = exact(
         case.divergence,
         student,
         teacher,
+        labels=labels,
         size=claims["head_size"],
         forward_weight=claims["forward_weight"],
         gap=claims["gap"],

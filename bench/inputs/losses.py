@@ -18,11 +18,14 @@ LOSSES: dict[str, Loss] = {
     "forward_kl": akl_triton.forward_kl,
     "reverse_kl": akl_triton.reverse_kl,
 }
+LABELS = {"labels": torch.zeros(2, dtype=torch.int64)}  # of the two rows of a recorded call
 # The other members of the family; each has kernels of its own.
 FAMILY_LOSSES: dict[str, Loss] = {
     **{
-        name: functools.partial(akl_triton.distillation_loss, divergence=name)
-        for name in FAMILY
+        name: functools.partial(
+            akl_triton.distillation_loss, divergence=name, **(LABELS if kind.needs_labels else {})
+        )
+        for name, kind in FAMILY.items()
         if name not in LOSSES
     },
     "skew_reverse_kl_detached": functools.partial(
@@ -36,10 +39,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "average ties": {"ties": "average"},
     "statistics": {"return_stats": True},
     "softcaps": {"student_softcap": 30.0, "teacher_softcap": 30.0},
-    "labels": {"labels": torch.zeros(2, dtype=torch.int64), "kd_ratio": 0.5},
-    "labels, T = 2": {
-        "labels": torch.zeros(2, dtype=torch.int64),
-        "kd_ratio": 0.5,
-        "temperature": 2.0,
-    },
+    "labels": {**LABELS, "kd_ratio": 0.5},
+    "labels, T = 2": {**LABELS, "kd_ratio": 0.5, "temperature": 2.0},
 }

@@ -46,12 +46,14 @@ def _points(
 ) -> list[dict[str, Any]]:
     found = []
     of: Exact | None = None
+    labels = teacher.argmax(-1)
     for by, backend in ((KERNELS, "triton"), (BACKEND, "torch")):
         leaf = student.clone().requires_grad_()
         call: Any = distillation_loss
         loss, stats = call(
             leaf,
             teacher,
+            labels,
             divergence=divergence,
             reduction="none",
             return_stats=True,
@@ -62,7 +64,7 @@ def _points(
         if isinstance(divergence, AdaptiveKL):
             names = {"size": "head_size", "forward_weight": "forward_weight", "gap": "gap"}
             of_head = {name: getattr(stats, of_stats) for name, of_stats in names.items()}
-        of = exact(divergence, student, teacher, **of_head)
+        of = exact(divergence, student, teacher, labels=labels, **of_head)
         found.append(_errors(divergence, distance, by, loss.detach(), gradient, of))
     assert of is not None
     found.append(_errors(divergence, distance, FORMULA, of.fp32.loss, of.fp32.grad, of))

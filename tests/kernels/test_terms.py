@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from akl_triton import (
+    DKD,
     Alpha,
     AlphaBeta,
+    DecoupledKL,
     Divergence,
     JensenShannon,
     MixedKL,
@@ -30,7 +32,7 @@ from tests.kernels.conftest import INTERPRETER
 from tests.kernels.rows import make_rows
 
 V = 701
-MEMBERS = (SkewReverseKL(detach=True), AlphaBeta(1.5, -0.3), ToDi())
+MEMBERS = (SkewReverseKL(detach=True), AlphaBeta(1.5, -0.3), ToDi(), DecoupledKL(1.0, 2.0, 1.5))
 
 
 def run(
@@ -61,6 +63,8 @@ def test_numbers_compile_nothing() -> None:
         (SkewReverseKL(0.1, detach=True), SkewReverseKL(0.6, detach=True)),
         (Alpha(0.5), Alpha(2.0)),
         (AlphaBeta(0.2, 0.7), AlphaBeta(1.5, -0.3)),
+        (DKD(1.0, 8.0), DKD(0.5, 1.0)),
+        (DecoupledKL(1.0, 1.0, 1.0), DecoupledKL(0.5, 2.0, 0.0)),
     )
     logits = torch.zeros(2, V)
     labels = torch.zeros(2, dtype=torch.int64)

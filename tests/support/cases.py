@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from akl_triton import (
+    DKD,
     AdaptiveKL,
     Alpha,
     AlphaBeta,
+    DecoupledKL,
     Divergence,
     EntropySwitch,
     ForwardKL,
@@ -33,6 +35,7 @@ DIVERGENCES: tuple[Divergence, ...] = (
     ReverseKL(),
     MixedKL(alpha=0.3),
     EntropySwitch(tau=3.0),
+    DKD(beta=2.0),
     JensenShannon(),
     JensenShannon(beta=0.01),
     SkewKL(),
@@ -40,6 +43,8 @@ DIVERGENCES: tuple[Divergence, ...] = (
     SkewReverseKL(alpha=0.3, detach=True),
     TotalVariation(),
     LKHybrid(),
+    DecoupledKL(),
+    DecoupledKL(alpha=0.3, beta=2.0, kappa=0.5),
     Alpha(),
     Alpha(a=1.5),
     AlphaBeta(),
