@@ -6,12 +6,14 @@ and mass must then be those of the oracle with the head that was taken.
 
 Loss and gradient of a row are right if they are no further from the oracle than YARDSTICK times the
 same formulas in fp32, which are the oracle's own code at that dtype, plus an epsilon. The fp32
-gradient is first rounded to the dtype of the student, as it has to be stored.
+gradient is first rounded to the dtype of the student, as it has to be stored. A computation that
+does better can be held to a stricter rule by the arguments of `faults`.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -215,46 +217,90 @@ def faults(
     *,
     upstream: Tensor | None = None,
     roundings: float = 0.5,
+    yardstick: float = YARDSTICK,
+    epsilon: float | Tensor = EPSILON,
+    terms: Tensor | None = None,
 ) -> list[str]:
     """A line for each fault of a loss [N] or a gradient [N, V_s]; none if they are right.
 
     Args:
         upstream: [N], by which the gradient was multiplied.
-        roundings: units in the last place by which its dtype rounds: 1 where it truncates.
+        roundings: units in the last place by which its dtype may round it otherwise than the fp32
+            gradient: 1 where it truncates, 0 where both have to be rounded alike.
+        yardstick: how many times the error of the fp32 formulas is allowed.
+        epsilon: a number or [N], the error that is allowed on top, relative to the loss, where that
+            exceeds 1, and to `terms`.
+        terms: [N, V_s], the size of what each entry of the gradient is a difference of. Left out,
+            the largest of a row stands for all of its entries.
     """
     found = []
     oracle, fp32 = of
     if loss is not None:
-        allowed = EPSILON * oracle.loss.abs().clamp(min=1.0)
-        found += _further("loss", loss[:, None], fp32.loss[:, None], oracle.loss[:, None], allowed)
+        allowed = epsilon * oracle.loss.abs().clamp(min=1.0)
+        found += _further("loss", loss, fp32.loss, oracle.loss, allowed, yardstick)
     if gradient is not None:
         up = torch.ones(len(gradient)) if upstream is None else upstream.detach().cpu()
         exact_gradient = oracle.grad * up.double()[:, None]
-        yardstick = (fp32.grad * up.float()[:, None]).to(gradient.dtype)
-        resolution = torch.finfo(gradient.dtype)
-        allowed = roundings * resolution.eps * exact_gradient.abs().amax(1)
-        allowed = allowed + EPSILON * oracle.terms * up.double().abs() + resolution.tiny
-        found += _further("gradient", gradient, yardstick, exact_gradient, allowed)
+        fp32_gradient = (fp32.grad * up.float()[:, None]).to(gradient.dtype)
+        if terms is None:
+            terms = oracle.terms[:, None].expand_as(exact_gradient)
+        allowed = terms * (epsilon * up.double().abs())[:, None]
+        if roundings > 0.0:
+            resolution = torch.finfo(gradient.dtype)
+            largest = exact_gradient.abs().amax(1, keepdim=True)
+            allowed = allowed + roundings * resolution.eps * largest + resolution.tiny
+        found += _further("gradient", gradient, fp32_gradient, exact_gradient, allowed, yardstick)
     return found
 
 
-def _further(name: str, ours: Tensor, theirs: Tensor, exact: Tensor, epsilon: Tensor) -> list[str]:
+def sum_faults(
+    sums: Mapping[str, Tensor],
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    yardstick: float = YARDSTICK,
+    **maps: Any,
+) -> list[str]:
+    """A line for each fault of sums [N] of a row, which are right by the rule of the loss.
+
+    Args:
+        sums: forward_kl, reverse_kl, gap or an entropy, under the names of `ReferenceResult`.
+        yardstick: how many times the error of the fp32 formulas is allowed.
+        maps: temperature, softcaps and logit scales.
+    """
+    oracle, fp32 = (
+        reference_adaptive_kl(student, teacher, weight=0.5, dtype=dtype, **maps)
+        for dtype in (torch.float64, torch.float32)
+    )
+    found = []
+    for name, ours in sums.items():
+        exact = getattr(oracle, name)
+        allowed = EPSILON * exact.abs().clamp(min=1.0)
+        found += _further(name, ours, getattr(fp32, name), exact, allowed, yardstick)
+    return found
+
+
+def _further(
+    name: str, ours: Tensor, fp32: Tensor, exact: Tensor, allowed: Tensor, yardstick: float
+) -> list[str]:
     """In the largest and in the root mean square error of every row; what is not finite has to be
     the same."""
-    ours, theirs = ours.detach().cpu().double(), theirs.double()
+    tensors = (x.detach().cpu().double() for x in (ours, fp32, exact, allowed))
+    ours, fp32, exact, allowed = (x[:, None] if x.dim() == 1 else x for x in tensors)
     same = (ours.isnan() & exact.isnan()) | (ours.isinf() & (ours == exact))
-    ours, theirs, exact = (x.masked_fill(same, 0.0) for x in (ours, theirs, exact))
-    epsilon = epsilon.nan_to_num(0.0, posinf=0.0)
+    ours, fp32, exact = (x.masked_fill(same, 0.0) for x in (ours, fp32, exact))
+    allowed = allowed.nan_to_num(0.0, posinf=0.0)
     found = []
-    for norm, error in (("largest", math.inf), ("rms", 2.0)):
-        root = ours.shape[1] ** 0.5 if error == 2.0 else 1.0
-        off, yardstick = (
-            torch.linalg.vector_norm(x - exact, error, dim=1) / root for x in (ours, theirs)
+    for norm, order in (("largest", math.inf), ("rms", 2.0)):
+        root = ours.shape[1] ** 0.5 if order == 2.0 else 1.0
+        off, off_in_fp32, slack = (
+            torch.linalg.vector_norm(x, order, dim=1) / root
+            for x in (ours - exact, fp32 - exact, allowed)
         )
-        wrong = ~(off <= YARDSTICK * yardstick + epsilon)
+        wrong = ~(off <= yardstick * off_in_fp32 + slack)
         found += [
-            f"row {i}: {norm} error of the {name} {off[i]:.2e}, fp32 {yardstick[i]:.2e} and "
-            f"{epsilon[i]:.1e}"
+            f"row {i}: {norm} error of the {name} {off[i]:.2e}, fp32 {off_in_fp32[i]:.2e} and "
+            f"{slack[i]:.1e}"
             for i in wrong.nonzero().flatten().tolist()[:4]
         ]
     return found

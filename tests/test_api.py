@@ -14,7 +14,6 @@ from typing import Any, cast
 import pytest
 import torch
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
 import akl_triton.rows
 from akl_triton import (
@@ -34,6 +33,8 @@ from akl_triton import (
 from akl_triton.kernels.layout import STATISTICS
 from akl_triton.reference import ReferenceResult, reference_adaptive_kl
 from akl_triton.rows import as_rows
+from tests.support.near import assert_near
+from tests.support.trace import WAITS, Trace
 
 V = 200  # every kernel is compiled for few shapes: a new one costs seconds
 SHAPE = (3, 3)
@@ -95,12 +96,6 @@ def loss_of(student: Tensor, teacher: Tensor, labels: Tensor, **options: Any) ->
     """The loss alone; with statistics, for that is the masked kernel that most tests build."""
     loss, _ = adaptive_kl(student, teacher, labels, return_stats=True, **options)
     return loss
-
-
-def assert_near(actual: Tensor, expected: Tensor) -> None:
-    """Equal up to fp32 sums of V terms, and to the rounding of a bf16 gradient."""
-    rtol = 1e-2 if actual.dtype == BF16 else 2e-5
-    torch.testing.assert_close(actual.double(), expected.double(), rtol=rtol, atol=2e-6)
 
 
 # ---- reductions
@@ -609,50 +604,6 @@ def test_autocast(backend, device):
 # ---- memory and synchronisation
 
 
-class Trace:
-    """What a block of code allocates and which operators it calls, at any depth.
-
-    The single allocations are those of the CPU, with one thread: a profiler sees no other's. Of a
-    GPU, PyTorch tells the peak."""
-
-    def __init__(self, device: torch.device | None = None):
-        self._on_gpu = device is not None and device.type == "cuda"
-
-    def __enter__(self) -> Trace:
-        if self._on_gpu:
-            torch.cuda.reset_peak_memory_stats()
-            self._before = torch.cuda.memory_allocated()
-        self._threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        self._profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
-        self._profile.__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._profile.__exit__(*error)
-        torch.set_num_threads(self._threads)
-        events = self._profile.profiler.kineto_results.events()  # type: ignore[union-attr]
-        self.operators = {event.name() for event in events}
-        changes: list[Any] = [event for event in events if event.name() == "[memory]"]
-        changes.sort(key=lambda event: event.start_ns())
-        self.bytes = [int(event.nbytes()) for event in changes]
-        if self._on_gpu:
-            self._most = torch.cuda.max_memory_allocated() - self._before
-
-    def allocations(self, at_least: int) -> list[int]:
-        return [size for size in self.bytes if size >= at_least]
-
-    def peak(self) -> int:
-        """The most bytes that were held at once, beyond those held before."""
-        if self._on_gpu:
-            return self._most
-        held = most = 0
-        for change in self.bytes:
-            held += change
-            most = max(most, held)
-        return most
-
-
 @pytest.fixture
 def many_rows(backend: str, monkeypatch: pytest.MonkeyPatch) -> tuple[int, int, int]:
     """(N, V, bytes allowed besides): the logits are at least twice of that."""
@@ -706,20 +657,6 @@ def test_what_is_saved_for_backward(backend, device):
     assert inputs <= {x.data_ptr() for x in saved}
     others = [x for x in saved if x.data_ptr() not in inputs]
     assert sum(x.numel() * x.element_size() for x in others) <= 16 * 4 * rows
-
-
-# Operators that wait for the device; lift_fresh is what copies a Python number to it.
-WAITS = {
-    "aten::_local_scalar_dense",
-    "aten::equal",
-    "aten::is_nonzero",
-    "aten::item",
-    "aten::lift_fresh",
-    "aten::masked_select",
-    "aten::nonzero",
-    "aten::nonzero_numpy",
-    "aten::unique",
-}
 
 
 def test_a_wait_would_be_traced():

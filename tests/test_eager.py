@@ -1,7 +1,8 @@
-"""The PyTorch backend against the float64 oracle.
+"""The PyTorch backend against the float64 oracle, by the rule of akl_triton.verify.
 
-The rule: no further from float64 than the plain PyTorch computation in fp32 (its gradient rounded
-to the student's dtype), plus an epsilon; and every row's head is one the boundary rule accepts.
+The two KLs and the adaptive weight are as exact as the plain formulas in fp32, so that they are
+held to 1.01 times the error of those, where the rule allows twice. No rounding of the gradient to
+the student's dtype is allowed beyond that of the fp32 gradient, either.
 """
 
 from __future__ import annotations
@@ -9,29 +10,35 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from akl_triton import eager, workers
+from akl_triton import AdaptiveKL, MixedKL, eager
 from akl_triton.kernels.layout import STATISTICS
 from akl_triton.reference import (
     Head,
     Ties,
     authors_adaptive_kl,
+    mapped_logits,
+    mapped_slope,
     reference_adaptive_kl,
     shared_vocabulary,
 )
 from akl_triton.rows import LogitMap, RowResult
-from akl_triton.verify import at_head, head_faults
+from akl_triton.verify import EPSILON, at_head, exact, faults, head_faults, sum_faults
 from tests.support import torch_backend
+from tests.support.logits import generator, rows_of_vocabulary
+from tests.support.trace import peak_of_one_thread, peak_temporaries
 
 INF = math.inf
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-EPSILON = 1e-6
+YARDSTICK = 1.01
+IDENTITIES = LogitMap(), LogitMap()
+Maps: TypeAlias = tuple[LogitMap, LogitMap]  # of the student, of the teacher
 
 
 class Options(NamedTuple):
@@ -44,37 +51,8 @@ class Options(NamedTuple):
 DEFAULTS = Options()
 
 
-def generator(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def rows_of_every_kind(vocabulary: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """(student, teacher), fp32 [10, vocabulary]: peaked, Zipf, flat, one-hot, tied, near, far."""
-    g = generator(seed)
-
-    def noise(scale: float) -> Tensor:
-        return torch.randn(vocabulary, generator=g) * scale
-
-    zipf = -1.2 * torch.arange(1, vocabulary + 1).log()
-    zipf = zipf[torch.randperm(vocabulary, generator=g)]
-    one_hot = torch.zeros(vocabulary)
-    one_hot[vocabulary // 2] = 40.0
-    equal = torch.full((vocabulary,), 3.0)
-    pairs = [
-        (noise(8.0), noise(8.0)),
-        (zipf + noise(0.7), zipf + noise(0.3)),
-        (noise(0.02), noise(0.02)),
-        (noise(1.0), one_hot),
-        (one_hot, noise(1.0)),
-        (noise(1.0), equal),
-        (equal, equal),
-        (noise(1.0), noise(1.0).mul(2.0).round()),
-        (noise(2.0), zipf.round() - 30.0),
-    ]
-    near = noise(2.0)
-    pairs.append((near + noise(1e-3), near))
-    student, teacher = zip(*pairs, strict=True)
-    return torch.stack(student), torch.stack(teacher)
+def statistics_of(result: RowResult) -> dict[str, Tensor]:
+    return dict(zip(STATISTICS, result.stats.unbind(-1), strict=True))
 
 
 def run(
@@ -102,81 +80,62 @@ def run(
     return result, grad
 
 
-def plain_torch(
-    student: Tensor, teacher: Tensor, w: Tensor, temperature: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """forward_kl, reverse_kl, gap and gradient of rows as one would write them in fp32."""
-    dtype, width = student.dtype, student.shape[-1]
-    student, teacher = (x.float() for x in shared_vocabulary(student, teacher))
-    log_p, log_q = (x.div(temperature).log_softmax(-1) for x in (teacher, student))
-    p, q = log_p.exp(), log_q.exp()
-    kept = (teacher > -INF) & (student > -INF)
-    u = torch.where(kept, log_p - log_q, 0.0)
-    forward_kl, reverse_kl = (p * u).sum(-1), -(q * u).sum(-1)
-    p_kept, q_kept = ((x * kept).sum(-1, keepdim=True) for x in (p, q))
-    w = w.float()[:, None]
-    of_reverse = q * (kept * (1.0 - u) - reverse_kl[:, None] - q_kept)
-    grad = (w * (p_kept * q - p * kept) + (1.0 - w) * of_reverse) / temperature
-    return forward_kl, reverse_kl, (p - q).abs().sum(-1), grad[:, :width].to(dtype)
+def head_faults_of(
+    stats: dict[str, Tensor], student: Tensor, teacher: Tensor, **options: Any
+) -> list[str]:
+    claims: dict[str, Any] = {
+        name: stats[name] for name in ("head_size", "head_mass", "forward_weight")
+    }
+    return head_faults(student, teacher, **claims, **options)
 
 
-def gradient_terms(student: Tensor, teacher: Tensor, w: Tensor, temperature: float) -> Tensor:
+def terms_of_gradient(
+    student: Tensor, teacher: Tensor, w: Tensor, temperature: float, maps: Maps = IDENTITIES
+) -> Tensor:
     """[N, V_s] what the gradient is a difference of, and hence what its rounding is relative to."""
     width = student.shape[-1]
+    of_student, of_teacher = maps
     student, teacher = shared_vocabulary(student, teacher)
-    log_p, log_q = (x.div(temperature).log_softmax(-1) for x in (teacher, student))
+    log_p, log_q = (
+        mapped_logits(x, of.softcap, of.scale).div(temperature).log_softmax(-1)
+        for x, of in ((teacher, of_teacher), (student, of_student))
+    )
     p, q = log_p.exp(), log_q.exp()
     u = (log_p - log_q).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
     reverse_kl = (q * u).sum(-1, keepdim=True)
-    w = w[:, None]
+    w = w.double()[:, None]
     terms = w * (p + q) + (1.0 - w) * q * (1.0 + u.abs() + reverse_kl.abs())
-    return terms[:, :width] / temperature
-
-
-def assert_no_further(
-    ours: Tensor, plain: Tensor, exact: Tensor, scale: Tensor, name: str, slack: float = EPSILON
-) -> None:
-    """Row by row, in the largest and in the root mean square error."""
-    ours, plain = (x.double().reshape(len(exact), -1) - exact for x in (ours, plain))
-    for norm in (INF, 2.0):
-        error, allowed = (torch.linalg.vector_norm(x, norm, dim=-1) for x in (ours, plain))
-        bound = 1.01 * allowed + slack * torch.linalg.vector_norm(scale, norm, dim=-1)
-        over = (error / bound).max().item()
-        assert (error <= bound).all(), f"{name}: {over:.2f} times what is allowed, norm {norm}"
+    slope = mapped_slope(student, of_student.softcap, of_student.scale)
+    return (terms * slope)[:, :width] / temperature
 
 
 def check(student: Tensor, teacher: Tensor, options: Options = DEFAULTS) -> None:
-    result, grad = run(student, teacher, options)
-    stats = dict(zip(STATISTICS, result.stats.unbind(-1), strict=True))
-    claims = {name: stats[name] for name in ("head_size", "head_mass", "forward_weight")}
-    assert head_faults(student, teacher, **claims, **options._asdict()) == []
+    result, gradient = run(student, teacher, options)
+    stats = statistics_of(result)
+    w, size = stats["forward_weight"], stats["head_size"]
+    found = head_faults_of(stats, student, teacher, **options._asdict())
+    assert not (w > 1.0).any()
 
-    forward, reverse = (
-        reference_adaptive_kl(student, teacher, temperature=options.temperature, weight=weight)
-        for weight in (1.0, 0.0)
+    temperature = options.temperature
+    sums = {name: stats[name] for name in ("forward_kl", "reverse_kl", "gap")}
+    found += sum_faults(sums, student, teacher, temperature=temperature, yardstick=YARDSTICK)
+    of = exact(
+        AdaptiveKL(options.mu, options.head, options.ties),
+        student,
+        teacher,
+        size=size,
+        forward_weight=w,
+        gap=stats["gap"],
+        temperature=temperature,
     )
-    assert not (stats["forward_weight"] > 1.0).any()
-    # Where the gap is rounding, so is the weight; but then it must hardly matter.
-    w = stats["forward_weight"].double()
-    taken = at_head(student, teacher, stats["head_size"], **options._asdict())
-    drift = (w - taken.exact.forward_weight).abs()
-    exact_loss = w * forward.loss + (1.0 - w) * reverse.loss
-    exact_grad = w[:, None] * forward.grad + (1.0 - w[:, None]) * reverse.grad
-    assert (drift * (forward.loss - reverse.loss).abs() <= EPSILON * (1.0 + exact_loss)).all()
+    terms = terms_of_gradient(student, teacher, w, temperature)
+    found += faults(result.loss, gradient, of, yardstick=YARDSTICK, roundings=0.0, terms=terms)
+    assert not found, "\n".join(found)
 
-    forward_kl, reverse_kl, gap, plain_grad = plain_torch(student, teacher, w, options.temperature)
-    for name, plain, exact in (
-        ("forward_kl", forward_kl, forward.forward_kl),
-        ("reverse_kl", reverse_kl, forward.reverse_kl),
-        ("gap", gap, forward.gap),
-    ):
-        scale = (1.0 + exact.abs())[:, None]
-        assert_no_further(stats[name], plain, exact[:, None], scale, name)
-    plain_loss = w * forward_kl + (1.0 - w) * reverse_kl
-    scale = (1.0 + exact_loss.abs())[:, None]
-    assert_no_further(result.loss, plain_loss, exact_loss[:, None], scale, "loss")
-    terms = gradient_terms(student, teacher, w, options.temperature)
-    assert_no_further(grad, plain_grad, exact_grad, terms, "gradient")
+    # Where the gap is rounding, so is the weight; but then it must hardly matter.
+    taken = at_head(student, teacher, size, **options._asdict()).exact
+    drift = (w.double() - taken.forward_weight).abs() * (taken.forward_kl - taken.reverse_kl).abs()
+    assert (drift <= EPSILON * (1.0 + taken.loss)).all()
 
 
 HEADS: tuple[Head, ...] = ("exclusive", "inclusive")
@@ -197,7 +156,7 @@ SOME_SETTINGS = [
 @pytest.mark.parametrize("vocabulary", [1, 2, 31, 127, 1024, 1500])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_setting(vocabulary: int, dtype: torch.dtype) -> None:
-    student, teacher = rows_of_every_kind(vocabulary)
+    student, teacher = rows_of_vocabulary(vocabulary)
     for options in EVERY_SETTING:
         check(student.to(dtype), teacher.to(dtype), options)
 
@@ -205,21 +164,21 @@ def test_every_setting(vocabulary: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("vocabulary", [32000, 50257])
 def test_large_vocabularies(vocabulary: int, dtype: torch.dtype) -> None:
-    student, teacher = rows_of_every_kind(vocabulary, seed=1)
+    student, teacher = rows_of_vocabulary(vocabulary, seed=1)
     for options in SOME_SETTINGS[:: 1 if vocabulary == 32000 else 5]:
         check(student.to(dtype), teacher.to(dtype), options)
 
 
 @pytest.mark.parametrize(("v_s", "v_t"), [(151936, 152064), (152064, 151936)])
 def test_largest_vocabularies_that_differ(v_s: int, v_t: int) -> None:
-    student, teacher = rows_of_every_kind(152064, seed=2)
+    student, teacher = rows_of_vocabulary(152064, seed=2)
     for options in (Options(), Options(0.9, 4.0, "inclusive", "average")):
         check(student[1:9:2, :v_s].bfloat16(), teacher[1:9:2, :v_t].bfloat16(), options)
 
 
 @pytest.mark.parametrize("vocabulary", [300, 4099])
 def test_mixed_dtypes(vocabulary: int) -> None:
-    student, teacher = rows_of_every_kind(vocabulary, seed=3)
+    student, teacher = rows_of_vocabulary(vocabulary, seed=3)
     for student_dtype, teacher_dtype in itertools.permutations(DTYPES, 2):
         for options in SOME_SETTINGS[::3]:
             check(student.to(student_dtype), teacher.to(teacher_dtype), options)
@@ -227,7 +186,7 @@ def test_mixed_dtypes(vocabulary: int) -> None:
 
 @pytest.mark.parametrize(("v_s", "v_t"), [(1, 9), (9, 1), (1400, 1500), (5000, 4097)])
 def test_vocabularies_that_differ(v_s: int, v_t: int) -> None:
-    student, teacher = rows_of_every_kind(max(v_s, v_t), seed=4)
+    student, teacher = rows_of_vocabulary(max(v_s, v_t), seed=4)
     for options in SOME_SETTINGS:
         check(student[:, :v_s], teacher[:, :v_t], options)
 
@@ -235,7 +194,7 @@ def test_vocabularies_that_differ(v_s: int, v_t: int) -> None:
 @pytest.mark.parametrize("vocabulary", [40, 4099])
 @pytest.mark.parametrize("forbidden", ["student", "teacher", "both", "each its own", "most"])
 def test_forbidden_tokens(vocabulary: int, forbidden: str) -> None:
-    student, teacher = rows_of_every_kind(vocabulary, seed=5)
+    student, teacher = rows_of_vocabulary(vocabulary, seed=5)
     g = generator(6)
     share = 0.9 if forbidden == "most" else 0.2
     mask, other = (torch.rand(student.shape, generator=g) < share for _ in range(2))
@@ -250,7 +209,7 @@ def test_forbidden_tokens(vocabulary: int, forbidden: str) -> None:
 
 def test_lowest_number_is_not_minus_infinity() -> None:
     """finfo.min, a common mask, is a finite logit on both sides."""
-    student, teacher = rows_of_every_kind(64, seed=7)
+    student, teacher = rows_of_vocabulary(64, seed=7)
     for x in (student, teacher):
         x[:, 50:] = torch.finfo(torch.float32).min
     check(student, teacher)
@@ -258,7 +217,7 @@ def test_lowest_number_is_not_minus_infinity() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_logits_of_large_magnitude(dtype: torch.dtype) -> None:
-    student, teacher = rows_of_every_kind(2000, seed=8)
+    student, teacher = rows_of_vocabulary(2000, seed=8)
     for options in SOME_SETTINGS[::5]:
         check((student * 1e3 + 1e4).to(dtype), (teacher * 1e3 - 1e4).to(dtype), options)
         check((student + 1e4).to(dtype), (teacher - 1e4).to(dtype), options)
@@ -278,15 +237,14 @@ def test_a_sample_that_misleads(offset: int) -> None:
 
 @pytest.fixture
 def no_looking(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The path of devices on which a look at a value would stall."""
-    monkeypatch.setattr(eager, "_sync_is_free", lambda x: False)
+    torch_backend.never_look(monkeypatch)
 
 
 @pytest.mark.usefixtures("no_looking")
 @pytest.mark.parametrize("forbidden", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_without_looking(dtype: torch.dtype, forbidden: bool) -> None:
-    student, teacher = (x.to(dtype) for x in rows_of_every_kind(1500, seed=10))
+    student, teacher = (x.to(dtype) for x in rows_of_vocabulary(1500, seed=10))
     if forbidden:
         student[1:, 3::7], teacher[1:, 5::11] = -INF, -INF
     for options in SOME_SETTINGS:
@@ -316,7 +274,7 @@ def test_invalid_rows(pattern: list[bool]) -> None:
 def check_invalid_rows(pattern: list[bool]) -> None:
     """They are exactly zero whatever they hold; the others are as if they were alone."""
     valid = torch.tensor(pattern)
-    student, teacher = rows_of_every_kind(3000, seed=11)
+    student, teacher = rows_of_vocabulary(3000, seed=11)
     student, teacher = student[:6].clone(), teacher[:6].clone()
     student[~valid, 5], teacher[~valid, 7] = torch.nan, INF
     upstream = torch.randn(6, generator=generator(12))
@@ -338,7 +296,7 @@ def check_invalid_rows(pattern: list[bool]) -> None:
 @pytest.mark.parametrize("side", ["student", "teacher"])
 @pytest.mark.parametrize("poison", ["nan", "inf", "all -inf"])
 def test_a_broken_row_is_nan_alone(side: str, poison: str) -> None:
-    student, teacher = rows_of_every_kind(1500, seed=13)
+    student, teacher = rows_of_vocabulary(1500, seed=13)
     sound, sound_grad = run(student, teacher)
     broken = student if side == "student" else teacher
     if poison == "all -inf":
@@ -356,25 +314,25 @@ def test_a_broken_row_is_nan_alone(side: str, poison: str) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_student_equal_to_teacher(dtype: torch.dtype) -> None:
-    _, teacher = rows_of_every_kind(1500, seed=14)
+    _, teacher = rows_of_vocabulary(1500, seed=14)
     teacher = teacher.to(dtype)
     result, grad = run(teacher.clone(), teacher)
     assert (result.loss == 0.0).all()
-    stats = dict(zip(STATISTICS, result.stats.unbind(-1), strict=True))
+    stats = statistics_of(result)
     assert (stats["forward_weight"] == 0.5).all() and (stats["gap"] == 0.0).all()
     assert grad.abs().max() <= 1e-7
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.3, 1.0])
 def test_fixed_weight(weight: float) -> None:
-    student, teacher = rows_of_every_kind(1500, seed=15)
+    student, teacher = rows_of_vocabulary(1500, seed=15)
     student[2, 7], teacher[3, 9] = -INF, -INF
     result, grad = run(student, teacher, weight=weight)
-    exact = reference_adaptive_kl(student, teacher, weight=weight)
-    torch.testing.assert_close(result.loss.double(), exact.loss, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(grad.double(), exact.grad, rtol=1e-5, atol=1e-6)
-    stats = dict(zip(STATISTICS, result.stats.unbind(-1), strict=True))
-    torch.testing.assert_close(stats["gap"].double(), exact.gap, rtol=1e-6, atol=1e-6)
+    oracle = reference_adaptive_kl(student, teacher, weight=weight)
+    torch.testing.assert_close(result.loss.double(), oracle.loss, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(grad.double(), oracle.grad, rtol=1e-5, atol=1e-6)
+    stats = statistics_of(result)
+    torch.testing.assert_close(stats["gap"].double(), oracle.gap, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(stats["forward_weight"], torch.full((10,), weight))
     assert stats["head_mass"].isnan().all() and stats["head_size"].isnan().all()
 
@@ -390,58 +348,42 @@ MAPS = {  # of the student, of the teacher
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("maps", MAPS)
 def test_mapped_logits(maps: str, dtype: torch.dtype) -> None:
-    """No further from the oracle than plain fp32 that caps and scales, and infinities stay."""
+    """The maps reach the loss, the gradient and the head, and an infinity stays one."""
     of_student, of_teacher = MAPS[maps]
-    student, teacher = (x.to(dtype) for x in rows_of_every_kind(1500, seed=15))
+    student, teacher = (x.to(dtype) for x in rows_of_vocabulary(1500, seed=15))
     student[2, 7] = teacher[3, 9] = -INF
     broken_student, broken_teacher = student.clone(), teacher.clone()
     broken_student[0, 3], broken_teacher[1, 5] = INF, INF
-    w = torch.full((10,), 0.3)
-    options: dict[str, Any] = {"weight": 0.3, "temperature": 1.5}
     arguments: dict[str, Any] = {"student_map": of_student, "teacher_map": of_teacher}
     out = student.clone()
     result = torch_backend.forward(
-        out, teacher, None, upstream=torch.ones(10), out=out, **options, **arguments,
+        out, teacher, None, upstream=torch.ones(10), out=out, weight=0.3, temperature=1.5,
+        **arguments,
     )  # fmt: skip
     flat: dict[str, Any] = {
         f"{side}_{name}": value
         for side, of in (("student", of_student), ("teacher", of_teacher))
         for name, value in (("softcap", of.softcap), ("logit_scale", of.scale))
     }
-    exact = reference_adaptive_kl(student, teacher, **options, **flat)
+    of = exact(MixedKL(0.3), student, teacher, temperature=1.5, **flat)
+    terms = terms_of_gradient(student, teacher, torch.full((10,), 0.3), 1.5, MAPS[maps])
+    found = faults(result.loss, out, of, yardstick=YARDSTICK, roundings=0.0, terms=terms)
 
-    x = student.float().clone().requires_grad_()
-    s, t = (_mapped(y, of) for y, of in ((x, of_student), (teacher.float(), of_teacher)))
-    forward, reverse, _, of_logits = plain_torch(s.detach(), t, w, 1.5)
-    loss = w * forward + (1 - w) * reverse
-    (plain_grad,) = torch.autograd.grad(s, x, of_logits)
-    scale = (1.0 + exact.loss.abs())[:, None]
-    assert_no_further(result.loss, loss, exact.loss[:, None], scale, "loss")
-    slope = torch.autograd.grad(_mapped(x, of_student).sum(), x)[0].nan_to_num()
-    terms = gradient_terms(s.detach(), t, w, 1.5) * slope
-    assert_no_further(out, plain_grad.nan_to_num().to(dtype), exact.grad, terms, "gradient")
-
-    def head(s: Tensor, t: Tensor) -> RowResult:
+    def adaptive(s: Tensor, t: Tensor) -> RowResult:
         return torch_backend.forward(s, t, None, weight=None, **DEFAULTS._asdict(), **arguments)
 
-    ours = dict(zip(STATISTICS, head(student, teacher).stats.unbind(-1), strict=True))
-    claims = {name: ours[name] for name in ("head_size", "head_mass", "forward_weight")}
-    assert head_faults(student, teacher, **claims, **flat) == []
-    broken = head(broken_student, broken_teacher)
+    stats = statistics_of(adaptive(student, teacher))
+    found += head_faults_of(stats, student, teacher, **flat)
+    assert not found, "\n".join(found)
+    broken = adaptive(broken_student, broken_teacher)
     assert broken.loss[:2].isnan().all() and broken.loss[2:].isfinite().all()
-
-
-def _mapped(x: Tensor, of: LogitMap) -> Tensor:
-    if of.softcap is None:
-        return x * of.scale
-    return torch.where(x.isinf(), x, of.softcap * torch.tanh(of.scale * x / of.softcap))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("v_s", "v_t"), [(1500, 1500), (1600, 1500), (1500, 1600)])
 def test_gradient_in_place(dtype: torch.dtype, v_s: int, v_t: int) -> None:
     """The backward into the student, and the single pass into it, are the backward beside it."""
-    student, teacher = rows_of_every_kind(1600, seed=16)
+    student, teacher = rows_of_vocabulary(1600, seed=16)
     student, teacher = student[:, :v_s].to(dtype).contiguous(), teacher[:, :v_t].to(dtype)
     student[4, 9], teacher[4, 11] = -INF, -INF
     upstream = torch.randn(10, generator=generator(17))
@@ -462,7 +404,7 @@ def test_gradient_in_place(dtype: torch.dtype, v_s: int, v_t: int) -> None:
 
 
 def test_upstream_scales_the_gradient() -> None:
-    student, teacher = rows_of_every_kind(1500, seed=18)
+    student, teacher = rows_of_vocabulary(1500, seed=18)
     _, grad = run(student, teacher)
     upstream = torch.randn(10, generator=generator(19))
     upstream[3] = 0.0
@@ -474,7 +416,7 @@ def test_upstream_scales_the_gradient() -> None:
 
 
 def test_strided_rows_and_no_rows() -> None:
-    student, teacher = rows_of_every_kind(1500, seed=20)
+    student, teacher = rows_of_vocabulary(1500, seed=20)
     wide = torch.full((2, 10, 3, 1511), torch.nan)
     wide[0, :, 1, 4:1504], wide[1, :, 1, 4:1504] = student, teacher
     result, grad = run(student, teacher)
@@ -490,7 +432,7 @@ def test_strided_rows_and_no_rows() -> None:
 @pytest.mark.parametrize("default", [torch.float64, torch.bfloat16, torch.float16, "meta"], ids=str)
 def test_defaults_of_pytorch_change_nothing(default: torch.dtype | str, forbidden: bool) -> None:
     """Also where a head is narrowed down, and where new tensors are put on another device."""
-    student, teacher = (x.bfloat16() for x in rows_of_every_kind(4096, seed=24))
+    student, teacher = (x.bfloat16() for x in rows_of_vocabulary(4096, seed=24))
     if forbidden:
         student[:, ::3], teacher[:, ::5] = -INF, -INF
     upstream = torch.randn(10, generator=generator(25))
@@ -541,7 +483,7 @@ def test_defaults_of_pytorch_change_nothing(default: torch.dtype | str, forbidde
 
 
 def test_the_same_run_twice_is_bitwise_equal() -> None:
-    student, teacher = (x.bfloat16() for x in rows_of_every_kind(8192, seed=21))
+    student, teacher = (x.bfloat16() for x in rows_of_vocabulary(8192, seed=21))
     for options in SOME_SETTINGS[::3]:
         (first, first_grad), (second, second_grad) = (
             run(student, teacher, options) for _ in range(2)
@@ -549,37 +491,6 @@ def test_the_same_run_twice_is_bitwise_equal() -> None:
         assert torch.equal(first_grad, second_grad)
         for ours, again in zip(first, second, strict=True):
             assert torch.equal(ours.nan_to_num(-1.0), again.nan_to_num(-1.0))
-
-
-def peak_temporaries(
-    function: Callable[[], Any], monkeypatch: pytest.MonkeyPatch, threads: int = 64
-) -> int:
-    """The most bytes that `function` holds at once on a CPU of so many cores.
-
-    A profiler sees what its own thread allocates: that of one thread, as often as there are."""
-    used = [1]
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(threads)
-        with monkeypatch.context() as patch:
-            patch.setattr(workers, "share_out", lambda work, items, of: used.append(len(of)))
-            function()
-        torch.set_num_threads(1)
-        return max(used) * _peak_of_one_thread(function)
-    finally:
-        torch.set_num_threads(before)
-
-
-def _peak_of_one_thread(function: Callable[[], Any]) -> int:
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profiler:
-        kept = function()
-    assert profiler.profiler is not None and profiler.profiler.kineto_results is not None
-    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-    held = itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()))
-    del kept
-    return int(max(held))
 
 
 @pytest.mark.parametrize("budget", [2**22, 2**26])
@@ -631,7 +542,7 @@ def test_a_tenth_of_the_memory_of_the_authors_computation(
             torch.ones(96), student, teacher, None, result.state, temperature=1.0, out=grad
         )
 
-    theirs = _peak_of_one_thread(authors) - gradient_bytes
+    theirs = peak_of_one_thread(authors) - gradient_bytes
     assert peak_temporaries(ours, monkeypatch, threads=2) <= theirs / 10
 
 
@@ -639,7 +550,7 @@ def test_a_tenth_of_the_memory_of_the_authors_computation(
 
 
 def _masked(value: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    student, teacher = (x.to(dtype) for x in rows_of_every_kind(1500))
+    student, teacher = (x.to(dtype) for x in rows_of_vocabulary(1500))
     lowest = max(value, torch.finfo(dtype).min)
     student[:, ::3] = lowest
     teacher[:, 1::3] = lowest
@@ -647,7 +558,7 @@ def _masked(value: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def _large(value: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    student, teacher = (x.to(dtype) for x in rows_of_every_kind(1500))
+    student, teacher = (x.to(dtype) for x in rows_of_vocabulary(1500))
     largest = min(value, torch.finfo(dtype).max)
     student[:, 7], teacher[:, 11] = largest, largest
     student[::2, 9], teacher[1::2, 5] = largest, -largest
@@ -655,7 +566,7 @@ def _large(value: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def _tiny(value: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    student, teacher = rows_of_every_kind(1500)
+    student, teacher = rows_of_vocabulary(1500)
     return (student * value).to(dtype), (teacher * value).to(dtype)
 
 
@@ -768,10 +679,10 @@ def test_both_sums_near_convergence(distance: float) -> None:
     """Each is of the order of distance^2: a difference of two logarithms would drown it."""
     teacher = 0.1 * torch.randn(16, 30000, generator=generator(0))
     student = teacher + distance * torch.randn(16, 30000, generator=generator(1))
-    exact = reference_adaptive_kl(student, teacher)
+    oracle = reference_adaptive_kl(student, teacher)
     options: dict[str, Any] = {**DEFAULTS._asdict(), "weight": None}
     stats = torch_backend.forward(student, teacher, None, **options).stats.double()
-    for column, expected in ((0, exact.forward_kl), (1, exact.reverse_kl)):
+    for column, expected in ((0, oracle.forward_kl), (1, oracle.reverse_kl)):
         assert (stats[:, column] - expected).abs().max() < 3e-7
 
 
@@ -838,7 +749,7 @@ def test_the_head_is_found_in_few_rounds(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(torch, "gt", counted)
     misleading = torch.full((1, 4096), -3.0)
     misleading[:, 1::16] = 5.0  # between the tokens that are sampled
-    for teacher in (*rows_of_every_kind(4096)[1][:, None], misleading):
+    for teacher in (*rows_of_vocabulary(4096)[1][:, None], misleading):
         for mu in (1e-4, 0.5, 0.9999):
             rounds.append(0)
             torch_backend.forward(

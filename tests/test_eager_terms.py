@@ -1,7 +1,6 @@
-"""The divergences that are a sum of terms, in the PyTorch backend against the float64 oracle.
+"""The PyTorch backend's sums of terms against the float64 oracle, by the rule of akl_triton.verify.
 
-The rule: no further from float64 than twice the oracle's formulas in fp32 (their gradient rounded
-to the student's dtype), plus an epsilon.
+Powers that are not bounded get a larger epsilon, which grows with their exponent.
 """
 
 from __future__ import annotations
@@ -27,18 +26,20 @@ from akl_triton.divergences import (
     ToDi,
     TotalVariation,
 )
-from akl_triton.kernels.layout import STATE_WIDTH, STATISTICS
+from akl_triton.kernels.layout import STATISTICS
 from akl_triton.reference import (
+    DivergenceResult,
     mapped_logits,
     reference_adaptive_kl,
-    reference_divergence,
     shared_vocabulary,
 )
 from akl_triton.rows import LogitMap, RowResult, damping
-from tests.test_eager import generator, peak_temporaries, rows_of_every_kind
+from akl_triton.verify import EPSILON, Exact, exact, faults
+from tests.support import torch_backend
+from tests.support.logits import generator, rows_of_vocabulary
+from tests.support.trace import peak_temporaries
 
 INF = math.inf
-EPSILON = 1e-6
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MEMBERS = (
     JensenShannon(),
@@ -74,11 +75,9 @@ def forward(
     **options: Any,
 ) -> RowResult:
     """The forward pass into outputs full of NaN."""
-    widths = (STATE_WIDTH,), (len(STATISTICS),)
-    result = RowResult(*(torch.full((len(student), *w), torch.nan) for w in ((), *widths)))
-    rule = Rule(divergence, temperature, *maps)
-    eager.forward(student, teacher, valid, None, rule, result, **options)
-    return result
+    return torch_backend.forward_of(
+        Rule(divergence, temperature, *maps), student, teacher, valid, **options
+    )
 
 
 def run(
@@ -112,23 +111,11 @@ def log_probabilities(
 
 
 def largest_exponent(divergence: SumOfTerms) -> float:
-    """Of a power that is not bounded, or 0: in fp32 it is as exact as its exponent times ln p."""
+    """The largest exponent of a power that is not bounded, or 0."""
     exponents = [x for name, x in vars(divergence).items() if name in ("a", "b")]
     if isinstance(divergence, Alpha):
         exponents.append(1.0 - divergence.a)
     return max(exponents) if any(x < 0.0 for x in exponents) else 0.0
-
-
-def assert_no_further(
-    ours: Tensor, plain: Tensor, exact: Tensor, epsilon: Tensor, name: str
-) -> None:
-    """Row by row, in the largest and in the root mean square error."""
-    for norm, root in ((INF, 1.0), (2.0, ours.shape[1] ** 0.5)):
-        error, allowed = (
-            torch.linalg.vector_norm(x.double() - exact, norm, dim=-1) / root for x in (ours, plain)
-        )
-        bound = 2.0 * allowed + epsilon
-        assert (error <= bound).all(), f"{name}: {(error / bound).tolist()} of what is allowed"
 
 
 def check(
@@ -138,75 +125,68 @@ def check(
     temperature: float = 1.0,
     maps: tuple[LogitMap, LogitMap] = (IDENTITY, IDENTITY),
 ) -> None:
-    """Loss and gradient of every row, in the largest and in the root mean square error."""
+    """Loss and gradient of every row."""
     upstream = torch.randn(len(student), generator=generator(99))
     result, gradient = run(
         student, teacher, divergence, temperature=temperature, maps=maps, upstream=upstream
     )
     of_student, of_teacher = maps
-    exact, plain = (
-        reference_divergence(
-            student,
-            teacher,
-            divergence.name,
-            temperature=temperature,
-            student_softcap=of_student.softcap,
-            teacher_softcap=of_teacher.softcap,
-            student_logit_scale=of_student.scale,
-            teacher_logit_scale=of_teacher.scale,
-            dtype=dtype,
-            **vars(divergence),
-        )
-        for dtype in (torch.float64, torch.float32)
+    of = exact(
+        divergence,
+        student,
+        teacher,
+        temperature=temperature,
+        student_softcap=of_student.softcap,
+        teacher_softcap=of_teacher.softcap,
+        student_logit_scale=of_student.scale,
+        teacher_logit_scale=of_teacher.scale,
     )
     log_p, log_q = log_probabilities(student, teacher, temperature, maps)
+    # In fp32 a power that is not bounded is as exact as its exponent times ln p.
     spread = torch.stack((log_p, log_q)).nan_to_num(neginf=0.0).abs().amax((0, 2))
     epsilon = EPSILON * (1.0 + 0.2 * largest_exponent(divergence) * spread)
-    within = exact.loss.abs() < 1e37  # fp32 holds what is beyond
+    within = of.oracle.loss.abs() < 1e37  # fp32 holds what is beyond
     assert result.loss.isfinite().all() and (result.loss[~within] > 1e35).all()
-    assert_no_further(
-        result.loss[within, None],
-        plain.loss[within, None],
-        exact.loss[within, None],
-        (epsilon * exact.loss.clamp(min=1.0))[within],
-        "loss",
-    )
-    # A g is a probability times a function of u, which rounds as if it were not near 0.
-    size = of_student.scale / temperature * torch.maximum(log_p, log_q).amax(-1).exp()
-    allowed = epsilon * (exact.grad.abs().amax(-1) + size) * upstream.abs()
-    exact_gradient, plain_gradient = (x.grad * upstream[:, None] for x in (exact, plain))
-    resolution = torch.finfo(student.dtype)
-    allowed += 0.5 * resolution.eps * exact_gradient.abs().amax(-1) + resolution.tiny
+    found = faults(result.loss[within], None, rows_of(of, within), epsilon=epsilon[within])
     if isinstance(divergence, TotalVariation):  # whose gradient jumps where u changes its sign
         within &= (((log_p - log_q).abs() > 1e-6) | (log_p == log_q)).all(-1)
-    assert_no_further(
+    # A g is a probability times a function of u, which rounds as if it were not near 0.
+    size = of_student.scale / temperature * torch.maximum(log_p, log_q).amax(-1).exp()
+    terms = (of.oracle.grad.abs().amax(-1) + size)[:, None].expand_as(gradient)
+    found += faults(
+        None,
         gradient[within],
-        plain_gradient[within].to(student.dtype),
-        exact_gradient[within],
-        allowed[within],
-        "gradient",
+        rows_of(of, within),
+        upstream=upstream[within],
+        epsilon=epsilon[within],
+        terms=terms[within],
     )
+    assert not found, "\n".join(found)
+
+
+def rows_of(of: Exact, rows: Tensor) -> Exact:
+    return Exact(*(DivergenceResult(*(x[rows] for x in part)) for part in of))
 
 
 @every_member
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("vocabulary", [1, 2, 31, 1500])
 def test_every_temperature(divergence: SumOfTerms, dtype: torch.dtype, vocabulary: int) -> None:
-    student, teacher = (x.to(dtype) for x in rows_of_every_kind(vocabulary))
+    student, teacher = (x.to(dtype) for x in rows_of_vocabulary(vocabulary))
     for temperature in TEMPERATURES:
         check(student, teacher, divergence, temperature)
 
 
 @every_member
 def test_a_large_vocabulary(divergence: SumOfTerms) -> None:
-    student, teacher = rows_of_every_kind(50257, seed=1)
+    student, teacher = rows_of_vocabulary(50257, seed=1)
     check(student.bfloat16(), teacher.bfloat16(), divergence, 1.0)
 
 
 @every_member
 @pytest.mark.parametrize(("v_s", "v_t"), [(1, 9), (9, 1), (1400, 1500), (1500, 1400)])
 def test_vocabularies_that_differ(divergence: SumOfTerms, v_s: int, v_t: int) -> None:
-    student, teacher = rows_of_every_kind(max(v_s, v_t), seed=4)
+    student, teacher = rows_of_vocabulary(max(v_s, v_t), seed=4)
     student, teacher = student[:, :v_s].clone(), teacher[:, :v_t].clone()
     for forbidden in (False, True):
         if forbidden:
@@ -218,7 +198,7 @@ def test_vocabularies_that_differ(divergence: SumOfTerms, v_s: int, v_t: int) ->
 @every_member
 @pytest.mark.parametrize("forbidden", ["student", "teacher", "both", "each its own", "most"])
 def test_forbidden_tokens(divergence: SumOfTerms, forbidden: str) -> None:
-    student, teacher = rows_of_every_kind(400, seed=5)
+    student, teacher = rows_of_vocabulary(400, seed=5)
     g = generator(6)
     share = 0.9 if forbidden == "most" else 0.2
     mask, other = (torch.rand(student.shape, generator=g) < share for _ in range(2))
@@ -234,7 +214,7 @@ def test_forbidden_tokens(divergence: SumOfTerms, forbidden: str) -> None:
 @every_member
 def test_near_equality(divergence: SumOfTerms) -> None:
     """A student close to its teacher has no negative loss."""
-    _, teacher = rows_of_every_kind(3000, seed=7)
+    _, teacher = rows_of_vocabulary(3000, seed=7)
     for noise in (1e-6, 1e-5, 1e-4, 1e-3):
         student = teacher + noise * torch.randn(teacher.shape, generator=generator(8))
         for temperature in TEMPERATURES:
@@ -247,7 +227,7 @@ def test_near_equality(divergence: SumOfTerms) -> None:
 @every_member
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_student_equal_to_teacher(divergence: SumOfTerms, dtype: torch.dtype) -> None:
-    _, teacher = rows_of_every_kind(1500, seed=9)
+    _, teacher = rows_of_vocabulary(1500, seed=9)
     teacher = teacher.to(dtype)
     result, gradient = run(teacher.clone(), teacher, divergence)
     assert (result.loss == 0.0).all() and (gradient == 0.0).all()
@@ -263,14 +243,9 @@ MAPS = {  # of the student, of the teacher
 @every_member
 @pytest.mark.parametrize("maps", MAPS)
 def test_mapped_logits(divergence: SumOfTerms, maps: str) -> None:
-    student, teacher = rows_of_every_kind(1500, seed=10)
+    student, teacher = rows_of_vocabulary(1500, seed=10)
     student[2, 7] = teacher[3, 9] = -INF
     check(student, teacher, divergence, 1.5, MAPS[maps])
-
-
-def no_looking(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The path of devices on which a look at a value would stall."""
-    monkeypatch.setattr(eager, "_sync_is_free", lambda x: False)
 
 
 @every_member
@@ -278,8 +253,8 @@ def no_looking(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_without_looking(
     divergence: SumOfTerms, forbidden: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    no_looking(monkeypatch)
-    student, teacher = rows_of_every_kind(1500, seed=12)
+    torch_backend.never_look(monkeypatch)
+    student, teacher = rows_of_vocabulary(1500, seed=12)
     if forbidden:
         student[1:, 3::7], teacher[1:, 5::11] = -INF, -INF
     for temperature in TEMPERATURES:
@@ -293,9 +268,9 @@ def test_invalid_rows(
 ) -> None:
     """They are exactly zero whatever they hold; the others are as if they were alone."""
     if not looking:
-        no_looking(monkeypatch)
+        torch_backend.never_look(monkeypatch)
     valid = torch.tensor([True, False, True, True, False, True])
-    student, teacher = (x[:6].clone() for x in rows_of_every_kind(3000, seed=13))
+    student, teacher = (x[:6].clone() for x in rows_of_vocabulary(3000, seed=13))
     student[~valid, 5], teacher[~valid, 7] = torch.nan, INF
     upstream = torch.randn(6, generator=generator(14))
     result, gradient = run(student, teacher, divergence, valid=valid, upstream=upstream)
@@ -313,7 +288,7 @@ def test_invalid_rows(
 @pytest.mark.parametrize("side", ["student", "teacher"])
 @pytest.mark.parametrize("poison", ["nan", "inf", "all -inf"])
 def test_a_broken_row_is_nan_alone(divergence: SumOfTerms, side: str, poison: str) -> None:
-    student, teacher = rows_of_every_kind(200, seed=15)
+    student, teacher = rows_of_vocabulary(200, seed=15)
     sound, sound_gradient = run(student, teacher, divergence)
     broken, other = (student, teacher) if side == "student" else (teacher, student)
     if poison == "all -inf":
@@ -332,7 +307,7 @@ def test_a_broken_row_is_nan_alone(divergence: SumOfTerms, side: str, poison: st
 @every_member
 @pytest.mark.parametrize(("v_s", "v_t"), [(1500, 1500), (1600, 1500), (1500, 1600)])
 def test_one_pass_and_in_place(divergence: SumOfTerms, v_s: int, v_t: int) -> None:
-    student, teacher = rows_of_every_kind(1600, seed=16)
+    student, teacher = rows_of_vocabulary(1600, seed=16)
     student, teacher = student[:, :v_s].bfloat16().contiguous(), teacher[:, :v_t].bfloat16()
     student[4, 9], teacher[4, 11] = -INF, -INF
     upstream = torch.randn(10, generator=generator(17))
@@ -343,7 +318,7 @@ def test_one_pass_and_in_place(divergence: SumOfTerms, v_s: int, v_t: int) -> No
     assert torch.equal(out, gradient)
 
     out = student.clone()
-    once = forward(out, teacher, divergence, upstream=upstream, gradient=out)
+    once = forward(out, teacher, divergence, upstream=upstream, out=out)
     assert torch.equal(out, gradient)
     for ours, expected in zip(once, result, strict=True):
         assert torch.equal(ours.nan_to_num(), expected.nan_to_num())
@@ -352,11 +327,11 @@ def test_one_pass_and_in_place(divergence: SumOfTerms, v_s: int, v_t: int) -> No
 @every_member
 def test_damped(divergence: SumOfTerms) -> None:
     """Divided by a power of two, the gradient of a row stays below what its steepness says."""
-    student, teacher = rows_of_every_kind(1500, seed=18)
+    student, teacher = rows_of_vocabulary(1500, seed=18)
     upstream = torch.ones(10)
     _, gradient = run(student, teacher, divergence)
     out = torch.empty_like(student)
-    loss = forward(student, teacher, divergence, upstream=upstream, gradient=out, damped=True).loss
+    loss = forward(student, teacher, divergence, upstream=upstream, out=out, damped=True).loss
     assert torch.equal(out * damping(loss)[:, None], gradient)
     assert (out.abs() <= 2.0 * divergence.steepness).all()
 
@@ -364,7 +339,7 @@ def test_damped(divergence: SumOfTerms) -> None:
 @every_member
 def test_statistics(divergence: SumOfTerms) -> None:
     """Those that need neither a head nor a weight."""
-    student, teacher = rows_of_every_kind(1500, seed=19)
+    student, teacher = rows_of_vocabulary(1500, seed=19)
     student[2:5, 7::9], teacher[3:6, 9::11] = -INF, -INF
     stats = dict(
         zip(STATISTICS, forward(student, teacher[:, :1400], divergence).stats.T, strict=True)
@@ -430,7 +405,7 @@ def test_finite_logits_give_finite_results(divergence: SumOfTerms, dtype: torch.
 @every_member
 def test_the_lowest_number_is_not_minus_infinity(divergence: SumOfTerms) -> None:
     """finfo.min, a common mask, is a finite logit on both sides."""
-    student, teacher = rows_of_every_kind(64, seed=21)
+    student, teacher = rows_of_vocabulary(64, seed=21)
     for x in (student, teacher):
         x[:, 50:] = torch.finfo(torch.float32).min
     check(student, teacher, divergence, 1.0)
@@ -471,7 +446,7 @@ def test_temporaries_stay_within_the_budget(
 
 def test_rows_that_are_held_do_not_touch_the_others() -> None:
     """A row of a run may need care; the others have the same results to within rounding."""
-    student, teacher = rows_of_every_kind(1500, seed=22)
+    student, teacher = rows_of_vocabulary(1500, seed=22)
     sound, sound_gradient = run(student, teacher, AlphaBeta())
     student[3, 5], teacher[4, 6] = -INF, torch.finfo(torch.float32).min
     result, gradient = run(student, teacher, AlphaBeta())
@@ -482,7 +457,7 @@ def test_rows_that_are_held_do_not_touch_the_others() -> None:
 
 @every_member
 def test_threads_change_nothing(divergence: SumOfTerms) -> None:
-    student, teacher = rows_of_every_kind(20000, seed=25)
+    student, teacher = rows_of_vocabulary(20000, seed=25)
     student[2, 7] = teacher[3, 9] = -INF
     one, gradient = run(student, teacher, divergence)
     before = torch.get_num_threads()
@@ -508,7 +483,7 @@ def test_a_registered_function_of_an_entry(monkeypatch: pytest.MonkeyPatch) -> N
         return x / 2.0, g / 2.0
 
     divergences.register(Mine, torch=halved)
-    student, teacher = rows_of_every_kind(300, seed=23)
+    student, teacher = rows_of_vocabulary(300, seed=23)
     student[2, 7] = teacher[3, 9] = -INF
     ours, gradient = run(student, teacher, Mine())
     theirs, twice = run(student, teacher, Jeffreys())

@@ -39,7 +39,7 @@ from akl_triton import (
 )
 from akl_triton.divergences import Rule
 from akl_triton.reference import reference_adaptive_kl
-from tests.test_api import WAITS, Trace
+from tests.support.trace import WAITS, Trace
 
 V_S, V_T, H_S, H_T = 200, 232, 16, 24
 SHAPE = (3, 7)

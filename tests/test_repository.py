@@ -1,4 +1,5 @@
-"""The files that a forge and its tools read: they parse, and say what CONTRIBUTING.md says."""
+"""The files that a forge and its tools read: they parse, and say what CONTRIBUTING.md says; and the
+imports of the tests."""
 
 from __future__ import annotations
 
@@ -53,3 +54,10 @@ def test_the_oldest_session_has_the_oldest_versions(name: str) -> None:
     found = re.search(rf'"{name}>=([\d.]+)', (ROOT / "pyproject.toml").read_text("utf-8"))
     assert found is not None
     assert f'"{name}=={found[1]}.0"' in (ROOT / "noxfile.py").read_text("utf-8")
+
+
+def test_no_test_file_imports_another() -> None:
+    """What two of them need stands in tests/support."""
+    imported = re.compile(r"^\s*(?:from|import) tests\.(?:\w+\.)*test_\w+", flags=re.MULTILINE)
+    files = [*(ROOT / "tests").rglob("*.py"), *(ROOT / "bench").rglob("*.py")]
+    assert [str(x) for x in files if imported.search(x.read_text("utf-8"))] == []

@@ -9,14 +9,11 @@ import torch
 from torch import Tensor
 
 from akl_triton import DistillationLoss, adaptive_kl, distillation_loss, linear_distillation_loss
+from tests.support.logits import generator
 
 V, H = 40, 6
 SHAPE = (2, 5)
 IGNORED = -100
-
-
-def generator(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def of_tokens(seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,7 +1,9 @@
-"""The PyTorch backend called with the options of a rule one by one, into outputs full of NaN."""
+"""The PyTorch backend called with the options of a rule one by one, or with a rule, into outputs
+full of NaN."""
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -39,6 +41,22 @@ def forward(
     **options,
 ) -> RowResult:
     """Loss, state and statistics of rows, and with `out` their gradient."""
+    return forward_of(
+        rule(**options), student, teacher, valid, upstream=upstream, out=out, damped=damped
+    )
+
+
+def forward_of(
+    rule: Rule,
+    student: Tensor,
+    teacher: Tensor,
+    valid: Tensor | None,
+    *,
+    upstream: Tensor | None = None,
+    out: Tensor | None = None,
+    damped: bool = False,
+) -> RowResult:
+    """The same of any rule."""
     n = student.shape[:-1].numel()
     nan = torch.full((), torch.nan, dtype=torch.float32, device=student.device)
     result = RowResult(
@@ -51,7 +69,7 @@ def forward(
         teacher,
         valid,
         None,
-        rule(**options),
+        rule,
         result,
         upstream=upstream,
         gradient=out,
@@ -72,3 +90,8 @@ def backward(
 ) -> None:
     """Write upstream * dloss/dstudent into `out`."""
     eager.backward(upstream, student, teacher, valid, None, state, rule(**options), out)
+
+
+def never_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take the path of devices on which a look at a value would stall."""
+    monkeypatch.setattr(eager, "_sync_is_free", lambda x: False)
