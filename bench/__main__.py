@@ -111,7 +111,7 @@ def _ask(name: str, rest: Sequence[str]) -> int:
 def _add_options(
     parser: argparse.ArgumentParser, collect: Callable[..., dict[str, Any]]
 ) -> dict[str, Any]:
-    """An option for every parameter; gives their defaults."""
+    """Add an option for every parameter, and return their defaults."""
     parameters = inspect.signature(collect, eval_str=True).parameters.values()
     for parameter in parameters:
         flag = f"--{parameter.name.replace('_', '-')}"

@@ -2,7 +2,7 @@
 # Tests, times and compute-sanitizer on a GPU, in less than nine minutes on an H100:
 #
 #     bench/gpu.sh [DIR]           results go to DIR, else to $OUT, else to bench/results/gpu
-#     bench/gpu.sh --tiny [DIR]    every step on a CPU with tiny sizes; no figure of a GPU
+#     bench/gpu.sh --tiny [DIR]    every step on a CPU with tiny sizes; no figure is that of a GPU
 #
 # It needs this checkout, PyTorch, Triton, pytest, numpy and matplotlib, and no network; PYTHON
 # chooses the interpreter. A step that fails is recorded in DIR/steps.csv and the rest goes on; the
@@ -47,7 +47,7 @@ skip() {
 pytest=("$python" -m pytest -p no:cacheprovider --durations=5)
 
 # The tests wait for the oracle on the CPU most of the time, and the compiler uses the CPU alone: all
-# at once. Nothing else runs beside the times.
+# at once. Nothing else runs while times are taken.
 if [[ $tiny ]]; then
     step tests 60 "${pytest[@]}" tests/kernels/test_addressing.py tests/test_bad_input.py \
         -k "rescale or error"

@@ -1,4 +1,4 @@
-"""Where the figures of a section are kept: bench/results/<section>.json, with date and versions."""
+"""The figures of a section, kept in bench/results/<section>.json with date and versions."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PACKAGES = ("torch", "triton", "transformers", "liger-kernel", "speculators")
 
 
 def store(section: str, data: dict[str, Any], folder: Path = RESULTS) -> dict[str, Any]:
-    """Write what a section collected; gives what `load` will."""
+    """Write the data that a section collected, and return it as `load` will."""
     folder.mkdir(exist_ok=True)
     stored = {
         "date": datetime.date.today().isoformat(),
@@ -28,7 +28,7 @@ def store(section: str, data: dict[str, Any], folder: Path = RESULTS) -> dict[st
 
 
 def load(section: str, folder: Path = RESULTS) -> dict[str, Any]:
-    """What `store` wrote."""
+    """The data that `store` wrote, with its date and versions."""
     path = folder / f"{section}.json"
     if not path.exists():
         raise FileNotFoundError(f"{path} is not there: run `python -m bench {section}` first")

@@ -1,7 +1,8 @@
-"""Ways from hidden states and heads to a mean loss: ours, and the chunked losses of others.
+"""Ways to compute a mean loss from hidden states: ours, and the chunked losses of others.
 
-A loss is called with the student's hidden states and weight and the teacher's, as `Heads` has them.
-Peers are optional, and of the versions in `bench.inputs.peers.VERSIONS`:
+A loss is called with the hidden states and the lm_head's weight of the student, then those of the
+teacher, in the order of `HiddenStates`. Peers are optional; their versions are those of
+`bench.inputs.peers.VERSIONS`:
 
     pip install liger-kernel==0.8.5 trl==1.16.0
 """
@@ -38,7 +39,7 @@ class LinearPeer:
     remark: str = ""
 
     def obstacle(self) -> str | None:
-        """Why it is not measured here; None if it is."""
+        """The reason why it is not measured here; None if it is."""
         return version_obstacle(self.package)
 
 
@@ -58,7 +59,8 @@ def adaptive_kl_of_all_logits(
     teacher_weight: Tensor,
     **options: Any,
 ) -> Tensor:
-    """As without a fused loss: all logits are there, and the gradient overwrites the student's."""
+    """What one does without a fused loss: all logits exist, and the gradient overwrites the
+    student's."""
     student = F.linear(student_hidden, student_weight)
     teacher = F.linear(teacher_hidden, teacher_weight)
     loss: Tensor = adaptive_kl(student, teacher, inplace=True, **options)
@@ -128,7 +130,7 @@ def _trl(
 
 
 def linear_peers(chunk_rows: int) -> list[LinearPeer]:
-    """All of them; `chunk_rows` is the chunk of the authors' code under checkpointing."""
+    """All of these ways; `chunk_rows` is the chunk of the authors' code under checkpointing."""
     on_cpu = "" if torch.cuda.is_available() else "on a CPU without its torch.compile"
     tiles = "" if torch.cuda.is_available() else "on a CPU its tiles are folded by PyTorch"
     return [

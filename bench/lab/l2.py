@@ -1,10 +1,10 @@
-"""A model, never a measurement, of what an L2 serves of the sweeps over rows.
+"""A model, never a measurement, of the part of the sweeps over rows that an L2 serves.
 
 The L2 is taken to be one set that drops the block used longest ago.  Rows in flight take turns, a
 block each; one that is done makes place for the next, and at the start each stands somewhere else
-in its row.  What is written takes no room of its own where it stands over what it was made of, and
-leaves once.  Real caches hash their addresses, are split in two and choose otherwise: read the
-differences between orders, not the figures.
+in its row.  Output that overwrites its input takes no room of its own, and leaves once.  Real
+caches hash their addresses, are split in two and choose otherwise: read the differences between
+orders, not the figures.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import NamedTuple
 
-GENERATIONS = 3  # rows that follow each other in a place while it is counted
+GENERATIONS = 3  # rows that follow each other in a place while blocks are counted
 
 
 class Access(NamedTuple):
-    """To a block of a row."""
+    """An access to a block of a row."""
 
     tensor: str
     block: int
@@ -26,7 +26,7 @@ class Access(NamedTuple):
 
 
 class Cache:
-    """Blocks in the order of their last use, and how many went from and to the memory."""
+    """Blocks in the order of their last use, and the number that went from and to the memory."""
 
     def __init__(self, room: int) -> None:
         self.room = room  # blocks
@@ -34,7 +34,7 @@ class Cache:
         self.moved = 0
 
     def use(self, row: int, access: Access) -> None:
-        """A block is read or written."""
+        """Read or write a block."""
         key = (row, access.tensor, access.block)
         if access.write or key not in self.held:
             self.moved += 1  # read, or to be written back one day
@@ -45,7 +45,8 @@ class Cache:
 
 
 def blocks_moved(room: int, resident: int, row: Sequence[Access]) -> float:
-    """From and to the memory for each row, in steady state, with `resident` rows in flight."""
+    """The blocks that go from and to the memory for each row, in steady state, with `resident` rows
+    in flight."""
     cache = Cache(room)
     rows = list(range(resident))
     places = [len(row) * i // resident for i in range(resident)]

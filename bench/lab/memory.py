@@ -1,4 +1,4 @@
-"""What a computation holds: for its backward pass, and at its peak on a GPU."""
+"""The memory that a computation holds: for its backward pass, and at its peak on a GPU."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def saved_bytes(loss: Callable[[Tensor, Tensor], Tensor], student: Tensor, teacher: Tensor) -> int:
-    """Bytes that the autograd graph keeps for the backward, beyond the two inputs."""
+    """The bytes that the autograd graph keeps for the backward pass, beyond the two inputs."""
     inputs = {x.untyped_storage().data_ptr() for x in (student, teacher)}
     kept: dict[int, int] = {}
 
@@ -29,7 +29,7 @@ def saved_bytes(loss: Callable[[Tensor, Tensor], Tensor], student: Tensor, teach
 def peak_beyond_inputs(
     prepare: Callable[[int], Any], run: Callable[[Any], Any], device: torch.device
 ) -> int | None:
-    """Most bytes that PyTorch holds during a call beyond those before it; None on a CPU."""
+    """The most bytes that PyTorch holds during a call beyond those before it; None on a CPU."""
     if device.type != "cuda":
         return None
     state = prepare(0)

@@ -1,9 +1,9 @@
 """The bytes that PyTorch's operators read and write, operator by operator.
 
-An input is read once however often it is an argument, an output is written once, an argument
-changed in place is both (an ``out`` is only written), views and empty tensors are free.  That is a
-lower bound: what an operator reads twice inside (a sort, a softmax) counts once.  There is no cache
-in this count.
+An input is read once however often it is an argument, an output is written once, an argument that
+is changed in place is both read and written (an ``out`` is only written), and views and empty
+tensors are free.  That is a lower bound: what an operator reads twice inside (a sort, a softmax)
+counts once.  There is no cache in this count.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from torch.utils._pytree import tree_leaves
 # Operators that allocate, or write a tensor without reading what is in it.
 _ALLOCATE = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
 _OVERWRITE = {"fill_", "zero_", "copy_", "normal_", "uniform_", "random_"}
-# Operators that read as much of their first argument as they give back.
+# Operators that read as much of their first argument as they return.
 _PICK = {"gather", "index", "index_select", "embedding"}
 
 
 @dataclass
 class Moved:
-    """Of one operator, or of all."""
+    """The bytes that one operator moves, or all of them together."""
 
     calls: int = 0
     read: int = 0  # bytes
@@ -36,11 +36,11 @@ class Moved:
 
 
 class OperatorMeter(TorchDispatchMode):
-    """Counts the bytes of the operators that run while it is active, by name.
+    """A meter of the bytes of the operators that run while it is active, by name.
 
-    ``large`` is the size in bytes from which a storage counts as large.  ``elsewhere`` says of an
-    operator and its arguments whether something else counts it; what a custom operator calls inside
-    is hidden from a mode.
+    ``large`` is the size in bytes from which a storage counts as large.  ``elsewhere`` says, given
+    an operator and its arguments, whether something else counts it: the calls inside a custom
+    operator are hidden from a mode.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class OperatorMeter(TorchDispatchMode):
         moved.large += _bytes(fresh + changed, self._large)
 
     def total(self) -> Moved:
-        """Of all operators."""
+        """The bytes that all operators move."""
         parts = [dataclasses.astuple(moved) for moved in self.operators.values()]
         return Moved(*map(sum, zip(*parts, strict=True)))
 
@@ -107,9 +107,10 @@ def _storage(x: Tensor) -> int:
 
 
 def _bytes(tensors: Iterable[Tensor], least: int = 0) -> int:
-    """Bytes of the memory that these look at; what is seen twice, or expanded, counts once.
+    """The bytes of the memory that these tensors look at; memory that is seen twice, or expanded,
+    counts once.
 
-    Only of storages of `least` bytes or more.
+    Storages of less than `least` bytes are left out.
     """
     views: defaultdict[int, dict[Any, int]] = defaultdict(dict)
     sizes = {}

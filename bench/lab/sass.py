@@ -1,10 +1,11 @@
-"""What the machine code of a compiled kernel does: loops, instruction mix, registers, occupancy.
+"""An analyser of machine code: loops, instruction mix, registers and occupancy of a compiled
+kernel.
 
 NVIDIA cubins are disassembled with the tools in Triton's wheel, AMD kernels come as assembly.
 Either becomes basic blocks, of which the natural loops are found (a branch back to a block that
-dominates it), and whatever stands in them is counted.  Counts are per thread and static: every
-instruction once, predicated ones included, padding NOPs and unreachable code excluded.  How many
-elements an iteration handles is the caller's to say, from the launch: see
+dominates it), and the instructions in them are counted.  Counts are per thread and static: every
+instruction once, predicated ones included, padding NOPs and unreachable code excluded.  The number
+of elements that an iteration handles follows from the launch, which the caller knows: see
 ``KernelCode.elements_per_thread`` and ``Loop.steps``.
 """
 
@@ -42,7 +43,7 @@ class Mix:
     shared_loads: int
     shared_stores: int
     barriers: int
-    shuffles: int  # also warp-wide reductions and AMD's cross-lane moves
+    shuffles: int  # with warp-wide reductions and AMD's cross-lane moves
     atomics: int
 
     @property
@@ -67,15 +68,18 @@ class Loop:
     depth: int  # 1 for an outermost loop
     is_innermost: bool
     body: Mix  # all its blocks, also those of the loops inside
-    # The way round on which every forward branch falls through; None if that leaves the loop.
+    # The path round the loop on which every forward branch falls through; None if it leaves the
+    # loop.
     straight: Mix | None
     sources: Mapping[Line, int]  # instructions by line of the source
 
     def steps(self, bytes_per_step: float) -> int:
-        """How many iterations of the source's loop one trip makes: the compiler may have unrolled.
+        """The number of iterations of the source's loop in one trip: the compiler may have unrolled
+        it.
 
-        ``bytes_per_step`` is what a thread loads in one iteration of the source's loop, by the
-        launch: elements per thread times bytes per element of every tensor it reads.
+        ``bytes_per_step`` is the number of bytes that a thread loads in one iteration of the
+        source's loop, according to the launch: elements per thread times bytes per element of every
+        tensor it reads.
         """
         steps, rest = divmod(self.body.bytes_loaded, bytes_per_step)
         if rest or not steps:
@@ -109,14 +113,14 @@ class KernelCode:
         return tuple(loop for loop in self.loops if loop.is_innermost)
 
     def elements_per_thread(self, block: int) -> float:
-        """Elements of a block (``BLOCK`` of the launch) that fall to one thread."""
+        """The elements of a block (``BLOCK`` of the launch) that one thread handles."""
         return block / (self.num_warps * self.warp_size)
 
     def loops_by_function(self, names: Sequence[str]) -> dict[str, tuple[Loop, ...]]:
-        """The innermost loops, by that one of the device functions that most of each comes from.
+        """The innermost loops, grouped by the device function from which most of each loop comes.
 
         With a function for each stage of a kernel, these are the loops of the stages.  A helper
-        that several of them call (so does Triton's library) does not decide.
+        that several of them call, such as those of Triton's library, does not decide.
         """
         owners = self.functions.owners(names)
         by_function: dict[str, tuple[Loop, ...]] = {name: () for name in names}
@@ -149,7 +153,8 @@ def analyse(kernel: CompiledKernel) -> KernelCode:
 
 @dataclass(frozen=True, slots=True)
 class _Multiprocessor:
-    """What the blocks on one SM share (CUDA programming guide, compute capabilities)."""
+    """The resources that the blocks on one SM share (CUDA programming guide, compute
+    capabilities)."""
 
     warps: int
     blocks: int
@@ -207,7 +212,7 @@ class _Listing:
 
 
 class _Flow(NamedTuple):
-    """Where control goes behind an instruction that ends a block."""
+    """The places to which control goes after an instruction that ends a block."""
 
     target: str | None
     falls_through: bool
@@ -262,7 +267,7 @@ class _Block:
 
 
 class _Graph:
-    """Basic blocks, what is reachable, and the natural loops."""
+    """The basic blocks, those that are reachable, and the natural loops."""
 
     def __init__(self, listing: _Listing, follow: _Follow):
         self._listing = listing
@@ -278,7 +283,7 @@ class _Graph:
         ]
 
     def _explore(self) -> tuple[list[int], dict[int, list[int]]]:
-        """Blocks that control can get to, the entry first, and the predecessors of each."""
+        """The blocks that control can get to, the entry first, and the predecessors of each."""
         reachable: dict[int, None] = {}
         predecessors: dict[int, list[int]] = {}
         pending = [0]
@@ -458,7 +463,8 @@ def _read_sass(text: str, kernel: str) -> _Listing:
 
 @functools.lru_cache(maxsize=64)
 def disassemble(cubin: bytes) -> tuple[str, str]:
-    """What nvdisasm (code with source lines) and cuobjdump (resource usage) say of a cubin."""
+    """The output of nvdisasm (code with source lines) and cuobjdump (resource usage) for a
+    cubin."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()

@@ -1,8 +1,8 @@
-"""Which device function a line of a kernel belongs to.
+"""The device functions of a kernel, and the lines that belong to each.
 
 Compilers inline every device function into its kernel, and machine code keeps no more than the file
 and the line that an instruction comes from.  The IR that Triton makes of a kernel first, and stores
-with it, still has the functions apart: the lines of each, and whom it calls.
+with it, still has the functions apart: the lines of each, and the functions that it calls.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 Line = tuple[str, int]
-"""Path of a source file, and a line of it."""
+"""The path of a source file, and one of its lines."""
 
 _FUNCTION = re.compile(r'  tt\.func \w+ @("[^"]+"|[\w.$-]+)\(')
 _CALL = re.compile(r'\btt\.call @("[^"]+"|[\w.$-]+)\(')
@@ -30,10 +30,10 @@ class Functions:
     calls: Mapping[str, frozenset[str]]
 
     def owners(self, names: Sequence[str]) -> dict[Line, str]:
-        """The lines that serve one of the functions ``names`` alone, and which one.
+        """The lines that serve exactly one of the functions ``names``, each with that function.
 
-        They are its own lines and those of what it calls, however deep.  A line of a function that
-        serves several of them is left out: it does not say where it has been inlined.
+        They are its own lines and those of the functions that it calls, however deep.  A line of a
+        function that serves several of them is left out: it does not say where it has been inlined.
         """
         roots = {name: {f for f in self.lines if _is_named(f, name)} for name in names}
         served = {name: self._reached(roots, name) for name in names}
@@ -54,7 +54,8 @@ class Functions:
 
 
 def _is_named(specialisation: str, name: str) -> bool:
-    """Triton calls f of the module m, specialised for an int32: m.f__i32."""
+    """Whether a name is that of a function: Triton calls f of the module m, specialised for an
+    int32, m.f__i32."""
     return re.search(rf"(?:^|\.){re.escape(name)}(?:__|$)", specialisation) is not None
 
 
@@ -85,7 +86,7 @@ def _bodies(text: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
 
 
 def _places(text: Sequence[str]) -> dict[str, Line | None]:
-    """Where each location of the IR is: some only name others, and some are unknown."""
+    """The place of each location of the IR: some only name others, and some are unknown."""
     meanings = {alias.group(1): alias.group(2) for line in text if (alias := _ALIAS.match(line))}
 
     def place(meaning: str) -> Line | None:

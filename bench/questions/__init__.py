@@ -6,7 +6,8 @@ A module has
                             command, and its defaults are what is stored
     markdown(data) -> str   the same to read
     plot(data, path)        a picture, where there is something to see
-    failures(data) -> list  a line for each thing that is not as it must be; they fail the command
+    failures(data) -> list  a line for each figure that is not as it must be; any line fails the
+    command
 """
 
 from __future__ import annotations

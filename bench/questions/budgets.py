@@ -1,4 +1,4 @@
-"""`python -m bench budgets`: what the compiled kernels cost, and what budgets.toml allows."""
+"""`python -m bench budgets`: the cost of the compiled kernels, and what budgets.toml allows."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from bench.questions.instructions import StageCost, kernel_costs
 from bench.report.tables import table
 
 BUDGETS = Path(__file__).resolve().parents[1] / "report" / "budgets.toml"
-# Of these, a kernel must reach the budget; all else must stay within it.
+# A kernel must reach the budget of these figures, and stay within that of all others.
 AT_LEAST = ("load_bytes", "resident_blocks")
 
 
@@ -47,7 +47,7 @@ def _case(name: str) -> Case:
 
 
 def figures(case: Case) -> dict[str, float]:
-    """What the kernels of a case cost, by the names of budgets.toml."""
+    """The cost of the kernels of a case, under the names of budgets.toml."""
     costs = kernel_costs(case.loss, case.target, case.vocabulary, options=case.options)
     # The search for the cut has to add up what it passes.
     loops = [stage for cost in costs.values() for stage in cost.stages if stage.stage != CUT]
@@ -81,7 +81,7 @@ def exceeded(case: Case, found: Mapping[str, float], budget: Mapping[str, float]
         raise ValueError(f"{case}: budgets are {', '.join(found)}, got {', '.join(budget)}")
     lines = []
     for name, limit in budget.items():
-        # The file has one digit behind the point.
+        # The file has one digit after the point.
         figure = round(found[name], 1)
         if figure < limit if name in AT_LEAST else figure > limit:
             bound = "at least " if name in AT_LEAST else ""

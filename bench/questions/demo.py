@@ -1,4 +1,5 @@
-"""`python -m bench demo`: what `akl-triton demo` makes of a student of each loss, and holds.
+"""`python -m bench demo`: the students that `akl-triton demo` trains with each loss, and the memory
+it holds.
 
 The command is run as anybody would run it: the curves are those of its CSV file, and the peak of
 the memory is the one that it prints.
@@ -69,7 +70,7 @@ def _number(text: str) -> int | float | str:
 
 
 def first_and_last(data: dict[str, Any], measure: str) -> tuple[float, dict[str, float]]:
-    """A measure at the start, which is that of all students, and of each student at the end."""
+    """A measure at the start, which all students share, and at the end for each student."""
     last = {point["trained_with"]: point[measure] for point in data["points"]}
     return data["points"][0][measure], last
 

@@ -2,11 +2,12 @@
 
     floor = max(bytes / copy, exps / MUFU rate, instructions / issue rate)
 
-`copy` is the fastest that the memory was ever reported to be, or else the rate of its pins. This
-is per vocabulary position, times V. Twice: with every sweep of a row served by the memory, and with
-the second and later sweeps of a kernel served by the L2, so that it reads every logit once. Where a
-floor lies between the two hangs on how many of the row pairs in flight the L2 holds. A real kernel
-waits, too: a floor says what it can not beat, and which of the three to work on.
+`copy` is the fastest that the memory was ever reported to be, or else the rate of its pins. This is
+per vocabulary position, times V, and is computed twice: with every sweep of a row served by the
+memory, and with the second and later sweeps of a kernel served by the L2, so that it reads every
+logit once. The floor lies between the two, depending on how many of the row pairs in flight the L2
+holds. A real kernel also waits: a floor says what it cannot beat, and which of the three to work
+on.
 
 Everything comes from stored figures (instructions, traffic, operators) and from devices.toml.
 """
@@ -30,7 +31,7 @@ TEMPERATURES = (1.0, 2.0, 4.0)
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """Per vocabulary position, forward and backward."""
+    """The work of forward and backward, per vocabulary position."""
 
     bytes: float  # no cache
     bytes_once: float  # a kernel reads every logit once
@@ -46,12 +47,12 @@ class Work:
         )
 
 
-# How often each of the SEARCHES sweeps a row.
+# The number of times that each of the SEARCHES sweeps a row.
 Scans = Mapping[str, float]
 
 
 def work(kernels: Iterable[Mapping[str, Any]], scans: Scans) -> Work:
-    """Of kernels as the question `instructions` stores them."""
+    """The work of kernels, as the question `instructions` stores them."""
     total = Work(0.0, 0.0, 0.0, 0.0)
     for kernel in kernels:
         most = 0.0
@@ -150,7 +151,8 @@ def _ours(
 def _peers(
     cases: list[dict[str, Any]], operators: Mapping[str, Any], target: str, vocabulary: int
 ) -> Iterable[_Entry]:
-    """What PyTorch's operators move is added; their instructions and exps are not known."""
+    """The floors of the peers. The bytes of PyTorch's operators are added; their instructions and
+    exps are not known."""
     compiled = {
         case["peer"]: case["kernels"].values()
         for case in cases
@@ -164,7 +166,7 @@ def _peers(
         in_kernels = subject["bytes_in_kernels"]
         of = work(compiled.get(name, ()), {}) + Work(
             bytes=subject["bytes"] - in_kernels,
-            # What is smaller than the logits may stay in a cache.
+            # A tensor that is smaller than the logits may stay in a cache.
             bytes_once=subject["bytes_in_large_tensors"] - in_kernels,
             exps=0.0,
             instructions=0.0,
@@ -198,14 +200,15 @@ def _row(
 def markdown(data: dict[str, Any]) -> str:
     parts = [
         "A floor is a time that no run is known to beat, not a time that a run takes; no GPU was "
-        "asked. Nanoseconds per row of forward and backward, bf16, the whole GPU at work: with the "
-        "later sweeps of a kernel served by the L2, to: with all served by memory. Bytes, exps and "
-        "instructions are per vocabulary position; bytes likewise with the L2 to without. Of what "
-        "PyTorch runs (the eager rows; softmax and scaling around Liger's kernels) only bytes are "
-        "known, so that those floors are low. The scans for the boundary are those of real logits "
+        "used. The floors are nanoseconds per row of forward and backward, in bf16 with the whole "
+        "GPU at work. The first number is with the later sweeps of a kernel served by the L2, the "
+        "second with all served by memory. Bytes, exps and instructions are per vocabulary "
+        "position; bytes likewise with the L2 and without. For the work of PyTorch's operators "
+        "(the eager rows; softmax and scaling around Liger's kernels) only bytes are known, so "
+        "that those floors are low. The scans for the boundary are those of real logits "
         "(`python -m bench traffic`): "
         + ", ".join(f"{sum(of.values()):.2f} at T = {t}" for t, of in data["scans"].items())
-        + ". What operators move (`python -m bench operators`) was counted at V = "
+        + ". The bytes of operators (`python -m bench operators`) were counted at V = "
         f"{data['operators_vocabulary']:,}.",
     ]
     for device in data["devices"].values():
@@ -244,7 +247,8 @@ def markdown(data: dict[str, Any]) -> str:
 
 
 def _rows(rows: list[dict[str, Any]]) -> list[tuple[str, ...]]:
-    """A line for what differs in V alone; its figures per position are those of the last V."""
+    """One line for all rows that differ in V alone; its figures per position are those of the last
+    V."""
     lines: dict[tuple[str, str], dict[int, dict[str, Any]]] = {}
     for row in rows:
         lines.setdefault((row["loss"], row["how"]), {})[row["vocabulary"]] = row

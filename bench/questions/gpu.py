@@ -1,16 +1,18 @@
-"""`python -m bench gpu`: times of ours and of the peers, behind every time that is claimed.
+"""`python -m bench gpu`: times of our losses and of the peers'; a claim about time has to come from
+here.
 
     bench/gpu.sh                              the tests, this, and compute-sanitizer
     python -m bench gpu --output DIR          this alone, in less than --seconds
     python -m bench gpu --output DIR --tiny   all of its code on a CPU: no figure of a GPU
 
 A time is the median over several calls, taken as bench/lab/clock.py says; what the host does before
-the launch is a column of its own. GB/s are of the compulsory bytes, each input read once and each
-output written once, whatever a loss really moves; beside them stands a copy of the same run. From
-hidden states, where products take the time, memory stands beside the model of the design instead.
+the launch is a column of its own. GB/s are those of the compulsory bytes, each input read once and
+each output written once, whatever a loss really moves, and are compared with a copy in the same
+run. From hidden states, where products take the time, memory is compared with the model of the
+design instead.
 
 The cases are run in the order of their importance until the time is up. Every result is written as
-it comes (CSV, JSON), and so is the list of what has been left out, and why.
+it comes (CSV, JSON), and so is the list of the cases that have been left out, with the reasons.
 """
 
 from __future__ import annotations
@@ -46,7 +48,7 @@ from akl_triton.linear_ops import chunk_rows, default_chunk_bytes
 from bench.inputs.linear_peers import adaptive_kl_of_all_logits
 from bench.inputs.losses import LOSSES
 from bench.inputs.peers import OURS, PEERS
-from bench.inputs.synthetic import DECAY, Heads, make_heads, make_pair
+from bench.inputs.synthetic import DECAY, HiddenStates, make_hidden_states, make_pair
 from bench.lab.clock import copies_for, synchronize, time_calls
 from bench.lab.compile import counted_compilations
 from bench.lab.memory import peak_beyond_inputs
@@ -56,7 +58,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 class Sizes(NamedTuple):
-    """Of the cases, the most telling first."""
+    """The sizes of the cases, the most telling first."""
 
     vocabularies: tuple[int, ...]
     rows: tuple[int, ...]
@@ -83,11 +85,12 @@ Loss = Callable[..., Tensor]
 
 
 class Phase(NamedTuple):
-    """What a call is: what must be there before it, and what of it is timed."""
+    """A kind of call: what must be prepared before it, and the part of it that is timed."""
 
     prepare: Callable[..., Any]  # of the loss and its inputs
     run: Callable[[Loss, Any], Any]
-    tensors: int | None  # of the size of the logits: read once, written once; None from heads
+    # Those of the logits' size, each read or written once; None from hidden states.
+    tensors: int | None
 
 
 def _gradient(loss: Tensor, student: Tensor) -> Tensor:
@@ -104,10 +107,10 @@ ON_LOGITS = {
     ),
 }
 PHASES = ON_LOGITS | {
-    # Forward and backward from hidden states, the student's head trained.
+    # Forward and backward from hidden states; the student's lm_head is trained.
     "linear": Phase(
-        lambda loss, *heads: Heads(*heads),
-        lambda loss, heads: torch.autograd.grad(loss(*heads), heads[:2]),
+        lambda loss, *states: HiddenStates(*states),
+        lambda loss, states: torch.autograd.grad(loss(*states), states[:2]),
         None,
     ),
 }
@@ -138,10 +141,10 @@ class Case:
         return label if self.hidden is None else f"{label}, H = {self.hidden:,}"
 
     def make_inputs(self, rows: int, device: torch.device, seed: int) -> tuple[Tensor, ...]:
-        """Of so many rows: logits, or heads."""
+        """The inputs of so many rows: logits, or hidden states."""
         if self.hidden is None:
             return make_pair(rows, self.vocabulary, device, DTYPE, seed)
-        return make_heads(rows, self.vocabulary, self.hidden, device, DTYPE, seed)
+        return make_hidden_states(rows, self.vocabulary, self.hidden, device, DTYPE, seed)
 
     def input_bytes(self) -> int:
         if self.hidden is None:
@@ -153,7 +156,8 @@ class Case:
         return tensors and tensors * self.rows * self.vocabulary * DTYPE.itemsize
 
     def model_bytes(self, device: torch.device) -> int | None:
-        """Of a fused loss, the peak beyond inputs and gradients: 2 C V bytes + 4 V H."""
+        """The peak of a fused loss beyond inputs and gradients by its model, 2 C V bytes + 4 V
+        H."""
         if self.hidden is None or not self.fused:
             return None
         row_bytes = 2 * self.vocabulary * DTYPE.itemsize
@@ -163,7 +167,7 @@ class Case:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """A case and what came of it; times in milliseconds."""
+    """A case and its outcome; times are in milliseconds."""
 
     device: str
     package: str
@@ -195,7 +199,7 @@ RESULT_FIELDS = [field.name for field in fields(Result)]
 
 @contextlib.contextmanager
 def launched_with(launch: Launch | None) -> Iterator[None]:
-    """Our kernels take this launch instead of the table's."""
+    """Have our kernels take this launch instead of the table's."""
     if launch is None:
         yield
         return
@@ -206,7 +210,8 @@ def launched_with(launch: Launch | None) -> Iterator[None]:
 
 
 class Bench:
-    """Measures cases on a device, and keeps the inputs of the shape that it measured last."""
+    """A device on which cases are measured; it keeps the inputs of the shape that was measured
+    last."""
 
     def __init__(self, device: torch.device, copy_bytes: int):
         self.device = device
@@ -229,7 +234,7 @@ class Bench:
         if self._shape != shape:
             self._inputs, self._shape = [], None
             if self.device.type == "cuda":
-                torch.cuda.empty_cache()  # or blocks of other sizes stay in pieces
+                torch.cuda.empty_cache()  # else blocks of other sizes stay in pieces
             copies = copies_for(case.input_bytes(), self._cache_bytes)
             if self.device.type == "cpu":
                 copies = 2
@@ -239,7 +244,7 @@ class Bench:
         return self._inputs
 
     def measure(self, case: Case) -> Result:
-        """The result of a case: also one that runs out of memory, or fails, is a result."""
+        """The result of a case; running out of memory, or failing, is a result as well."""
         described: dict[str, Any] = {
             "device": self.device.type,
             "package": case.package,
@@ -257,7 +262,7 @@ class Bench:
             return Result(**described, status="ok", **self._measured(case))
         except torch.OutOfMemoryError:
             status = "out of memory"
-        except Exception as error:  # a peer's, of any kind: the others are measured all the same
+        except Exception as error:  # whatever a peer raises, the others are measured
             status = f"{type(error).__name__}: {error}".splitlines()[0][:200]
         gc.collect()  # the traceback held what the call had allocated
         if self.device.type == "cuda":
@@ -277,7 +282,8 @@ class Bench:
         with launched_with(case.launch), counted_compilations() as compiled:
             times = time_calls(prepare, run, len(inputs), self.device)
             peak = None
-            if case.phase != "backward":  # its forward's memory would be counted or not, at will
+            # For a backward alone, the memory of its forward might or might not be counted.
+            if case.phase != "backward":
                 peak = peak_beyond_inputs(prepare, run, self.device)
         compulsory, model = case.compulsory_bytes(), case.model_bytes(self.device)
         gb_per_s = compulsory and compulsory / times.median / 1e6
@@ -344,7 +350,7 @@ def plan(device: torch.device, backend: str, sizes: Sizes) -> tuple[list[Case], 
             if backend == "triton"
         )
     )
-    from_heads = [
+    from_hidden_states = [
         functools.partial(
             _case,
             name,
@@ -361,7 +367,7 @@ def plan(device: torch.device, backend: str, sizes: Sizes) -> tuple[list[Case], 
     parts = (
         (first, sizes.vocabularies, adaptive),
         (first, sizes.vocabularies, like_peers + peers("both")),
-        (sizes.linear_rows, sizes.linear_vocabularies, from_heads),
+        (sizes.linear_rows, sizes.linear_vocabularies, from_hidden_states),
         (first, sizes.vocabularies, launches),
         (
             first,
@@ -445,7 +451,7 @@ class Report:
         self._draw()
 
     def _draw(self) -> None:
-        """Time over V, what of a copy is reached over V, memory over N."""
+        """Draw time over V, the share of a copy's bandwidth over V, and memory over N."""
         measured = [
             r for r in self.results if r.status == "ok" and r.BLOCK is None and r.hidden is None
         ]
@@ -510,7 +516,7 @@ def curves(axes: Any, points: list[tuple[str, int, float | None]], title: str, x
 
 
 def facts_of(device: torch.device) -> dict[str, Any]:
-    """What a time means nothing without."""
+    """The facts without which a time means nothing."""
     described: dict[str, Any] = {"type": device.type}
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
@@ -537,7 +543,7 @@ def facts_of(device: torch.device) -> dict[str, Any]:
         },
         "dtype": str(DTYPE).removeprefix("torch."),
         "logits": f"teacher = {DECAY} * Exp(1), student = teacher + N(0, 1): {make_pair.__name__}",
-        "heads": f"hidden N(0, 1), weight N(0, 9 / H): {make_heads.__name__}",
+        "hidden_states": f"hidden N(0, 1), weight N(0, 9 / H): {make_hidden_states.__name__}",
     }
 
 
@@ -554,7 +560,7 @@ SMI_FIELDS = (
 
 
 def gpu_state() -> dict[str, str] | None:
-    """Driver, clocks, power and temperature now; None where nvidia-smi does not say."""
+    """Driver, clocks, power and temperature now; None where nvidia-smi does not report them."""
     answer = _output(
         "nvidia-smi", "--id=0", f"--query-gpu={','.join(SMI_FIELDS)}", "--format=csv,noheader"
     )
@@ -576,12 +582,11 @@ def _output(*command: str) -> str | None:
 def collect(
     output: Path = ROOT / "bench" / "results" / "gpu", seconds: float = 210.0, tiny: bool = False
 ) -> dict[str, Any]:
-    """All cases for which the time is enough; `tiny`: of a few tokens, on the CPU.
-
-    Every result is in the folder `output` as soon as it is there.
+    """All cases for which the time is enough; with `tiny`, cases of a few tokens, on the CPU. Every
+    result is written to the folder `output` at once.
     """
     device, cases, absent = _planned(tiny)
-    # `timeout` ends a run that hangs: what was measured until then is drawn all the same.
+    # `timeout` ends a run that hangs: the results until then are drawn all the same.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     output.mkdir(parents=True, exist_ok=True)
     copy_bytes = TINY_COPY_BYTES if tiny else COPY_BYTES
@@ -601,7 +606,7 @@ def _planned(tiny: bool) -> tuple[torch.device, list[Case], dict[str, str]]:
 
 
 def compile_all() -> None:
-    """Fill Triton's cache for a run that follows: every case of ours on two rows.
+    """Fill Triton's cache for a later run, by every case of ours on two rows.
 
     N is no part of what is compiled.
     """
@@ -623,7 +628,8 @@ def measure_all(
     seconds: float,
     copy_bytes: int,
 ) -> dict[str, Any]:
-    """What is left in the folder, too: facts, results, and what has been left out."""
+    """The data that is also left in the folder: facts, results, and the cases that were left
+    out."""
     deadline = time.monotonic() + seconds
     facts = facts_of(device)
     bench = Bench(device, copy_bytes)
@@ -661,7 +667,7 @@ def line(case: Case, result: Result) -> str:
 
 
 def best_launches(data: dict[str, Any]) -> list[str]:
-    """For every V and phase the fastest of the candidates, and the table's launch."""
+    """The fastest of the candidates for every V and phase, and the table's launch."""
     timed: dict[tuple[int, str], list[dict[str, Any]]] = {}
     for result in data["results"]:
         if result["BLOCK"] is not None and result["median"] is not None:
@@ -677,7 +683,8 @@ def best_launches(data: dict[str, Any]) -> list[str]:
 
 
 def markdown(data: dict[str, Any]) -> str:
-    """The fastest launches, and what has been left out; each result was printed as it came."""
+    """The fastest launches, and the cases that were left out; each result was printed as it
+    came."""
     return "\n".join(
         [
             *best_launches(data),
@@ -688,7 +695,7 @@ def markdown(data: dict[str, Any]) -> str:
 
 
 def failures(data: dict[str, Any]) -> list[str]:
-    """Cases of ours that there was time for and that have no time; a peer's are results."""
+    """Cases of ours for which there was time and that have none; for a peer, that is a result."""
     ours = [result for result in data["results"] if result["package"] == OURS]
     if not ours:
         return ["nothing of ours was measured"]

@@ -1,10 +1,10 @@
 """`python -m bench growth`: how cost grows with the rows N and with the vocabulary V.
 
-Cost per vocabulary position should not grow with either, nor what is kept for the backward, which
-is a constant of the row; peak memory should be that of the gradient. Kernels are compiled for sm_90
-and executed by bench/lab/ptxcpu, in bf16. A kernel is one program per row, so N changes nothing but
-the number of programs: that is shown with one row repeated, by really running every N. For other V
-real logits are resampled (`bench.inputs.real_logits.resampled`).
+Cost per vocabulary position should not grow with either, nor should the state that is kept for the
+backward pass, a constant of the row; peak memory should be that of the gradient. Kernels are
+compiled for sm_90 and executed by bench/lab/ptxcpu, in bf16. A kernel is one program per row, so N
+changes nothing but the number of programs: every N is run, with one row repeated, to show it. For
+other V, real logits are resampled (`bench.inputs.real_logits.resampled`).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ VOCABULARIES = tuple(2**i for i in range(10, 19))  # 1,024 to 262,144
 FLAT_WITHIN = 0.05
 ROWS_OF_V = 10
 LARGEST_ROWS = 65_536
-# V and the N that are run at it.
+# Each V with the N that are run at it.
 ROWS_AT = {
     1_024: (1, 16, 256, 4_096, 65_536),
     49_152: (1, 4, 16, 64, 256),
@@ -50,7 +50,7 @@ LOSSES: dict[str, Step] = {
 
 
 def cost(student: Tensor, teacher: Tensor, loss: Loss = adaptive_kl) -> dict[str, float]:
-    """Bytes and PTX instructions per position of forward and backward."""
+    """The bytes and PTX instructions of forward and backward, per position."""
     both = per_position(two_launches(loss, student, teacher)["both"], student)
     return {
         "bytes": both["bytes_read"] + both["bytes_written"],
@@ -59,7 +59,7 @@ def cost(student: Tensor, teacher: Tensor, loss: Loss = adaptive_kl) -> dict[str
 
 
 def over_rows(largest: int) -> list[dict[str, Any]]:
-    """Of one row, repeated."""
+    """The cost of one row, repeated."""
     student, teacher = real_logits(1)
     found = []
     for v, all_rows in ROWS_AT.items():
@@ -71,7 +71,8 @@ def over_rows(largest: int) -> list[dict[str, Any]]:
 
 
 def over_vocabularies(vocabularies: Sequence[int]) -> list[dict[str, Any]]:
-    """Of two sweeps (a fixed weight), which only V changes, and with the scans for the head."""
+    """The cost of two sweeps (a fixed weight), which V alone changes, and that with the scans for
+    the head."""
     student, teacher = real_logits(ROWS_OF_V)
     found = []
     for v in vocabularies:
@@ -82,7 +83,7 @@ def over_vocabularies(vocabularies: Sequence[int]) -> list[dict[str, Any]]:
 
 
 def flat_from(found: Sequence[dict[str, Any]], loss: str, what: str) -> int:
-    """The smallest V from which on the cost stays within 5 % of that of the largest."""
+    """The smallest V from which the cost stays within 5 % of that of the largest."""
     last: float = found[-1][loss][what]
     uneven: list[int] = [
         f["vocabulary"] for f in found if abs(f[loss][what] / last - 1) > FLAT_WITHIN
@@ -92,7 +93,7 @@ def flat_from(found: Sequence[dict[str, Any]], loss: str, what: str) -> int:
 
 
 def saved_state() -> list[dict[str, Any]]:
-    """fp32 numbers a row that are kept for the backward."""
+    """The fp32 numbers that are kept for the backward pass of a row."""
     found = []
     for n, v in SAVED_AT:
         student, teacher = make_logits(n, v, torch.device("cpu"), torch.bfloat16)
@@ -105,7 +106,7 @@ def saved_state() -> list[dict[str, Any]]:
 
 
 def peak_memories(largest: int) -> list[dict[str, Any]]:
-    """Bytes beyond the two inputs at the peak of forward and backward, at V = SMALL_V."""
+    """The bytes beyond the two inputs at the peak of forward and backward, at V = SMALL_V."""
     found = []
     for n in (n for n in MEMORY_ROWS if n <= largest):
         student, teacher = make_logits(n, SMALL_V, torch.device("cpu"), torch.bfloat16)
@@ -164,8 +165,9 @@ def markdown(data: dict[str, Any]) -> str:
             "",
             f"Over V, {of_v[0]['rows']} real rows resampled (synthetic). With a fixed weight there "
             "are two sweeps and no head. The adaptive weight adds the search for the head, which "
-            "depends on the logits. In short rows what is done once a row shows: the statistics "
-            "read the first block twice, every lane of the gradient loads the row's numbers.",
+            "depends on the logits. Short rows show the work that is done once a row: the "
+            "statistics read the first block twice, and every lane of the gradient loads the "
+            "row's numbers.",
             "",
             "| V | fixed weight: bytes | instructions | adaptive: bytes | instructions |",
             "| ---: | ---: | ---: | ---: | ---: |",
@@ -189,7 +191,7 @@ def markdown(data: dict[str, Any]) -> str:
             ),
             "",
             f"Peak memory beyond the two inputs, V = {SMALL_V:,}, in MiB; the gradient is an "
-            "output, and part of it (the authors' code is left out where it takes gigabytes):",
+            "output, and included (the authors' code is left out where it takes gigabytes):",
             "",
             f"| N | gradient | {' | '.join(LOSSES)} |",
             "| ---: | ---: |" + " ---: |" * len(LOSSES),

@@ -1,10 +1,10 @@
-"""`python -m bench instructions`: what the compiled kernels execute, ours and the peers'.
+"""`python -m bench instructions`: the instructions of the compiled kernels, ours and the peers'.
 
 Every kernel is compiled for GPUs that are not there, with the launch settings that its own launcher
 chooses, and its machine code is read (bench/lab/sass.py). A figure per position is the static count
 of a loop's body over the positions that a thread handles in one trip, which follow from the launch:
-block, warps, and how many blocks' bytes a trip loads. What stands outside of the loops (reductions,
-first and last block of a row) is not in it; ``misaligned`` counts whole rows instead, dynamically.
+block, warps, and how many blocks' bytes a trip loads. Code outside of the loops (reductions, first
+and last block of a row) is not in it; ``misaligned`` counts whole rows instead, dynamically.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ from bench.report.tables import number, table
 
 MAIN_TARGET = "sm_90"
 
-# The loops of a peer's kernel, in the order of the source: the stage of ours that does such work,
-# and the logits that an iteration reads per position. None: no work on logits.
+# The loops of a peer's kernel, in the order of the source: our stage that does such work, and the
+# logits that an iteration reads per position. None: no work on logits.
 PEER_LOOPS: dict[str, tuple[tuple[str, int] | None, ...]] = {
     "loss_forward_kernel": ((STATISTICS, 1), (STATISTICS, 1), (DIVERGENCE, 2)),
     "loss_backward_kernel": (None, (GRADIENT, 2)),
@@ -99,7 +99,7 @@ class KernelCost:
 
     @property
     def per_position(self) -> float:
-        """Instructions per position of the stages that sweep a row once."""
+        """The instructions per position of the stages that sweep a row once."""
         return sum(stage.per_position for stage in self.stages if stage.stage not in SEARCHES)
 
 
@@ -158,7 +158,7 @@ def record(
     with record_launches(target) as launches:
         result = function(student.requires_grad_(), teacher)
         (result[0] if isinstance(result, tuple) else result).backward()
-        # The gradient goes over the logits, which must be no leaf.
+        # The gradient overwrites the logits, which must not be a leaf.
         function(student.clone(), teacher, inplace=True)
     return dict(zip((*SEPARATE, *IN_ONE), launches, strict=True))
 
@@ -166,7 +166,7 @@ def record(
 def kernel_costs(
     loss: str, target: str, vocabulary: int, dtype: str = "bf16", options: str = ""
 ) -> dict[str, KernelCost]:
-    """Cost of each kernel that the loss launches."""
+    """The cost of each kernel that the loss launches."""
     launches = record(loss, target, vocabulary, dtype, options)
     return {name: _our_cost(name, launch, dtype) for name, launch in launches.items()}
 
@@ -183,7 +183,7 @@ def _our_cost(name: str, launch: RecordedLaunch, dtype: str) -> KernelCost:
                 part = stage if has_exps else CUT
                 cost = _stage_cost(part, loop, per_thread, READS[stage] * DTYPES[dtype].itemsize)
                 costs.setdefault(part, []).append(cost)
-    # Masks make the loop over edge blocks the longer one; that which goes from block to block in
+    # Masks make the loop over edge blocks the longer one; the loop that goes from block to block in
     # search of the cut adds up each of them.
     stages = [
         min(of_part, key=lambda cost: (cost.barriers, cost.per_position))
@@ -197,7 +197,8 @@ def _our_cost(name: str, launch: RecordedLaunch, dtype: str) -> KernelCost:
 
 
 def _has_divergence(launch: RecordedLaunch) -> bool:
-    """Whether a forward kernel sweeps the row again: not for KLs of fixed weights alone."""
+    """Whether a forward kernel sweeps the row again: it does not for the loss of KLs with fixed
+    weights, without statistics."""
     return any(launch.constexprs.get(name) for name in ("HAS_HEAD", "STATS", "TERMS"))
 
 
@@ -205,7 +206,7 @@ _ANALYSED: dict[str, KernelCode] = {}
 
 
 def _analysed(key: str, launch: RecordedLaunch) -> KernelCode:
-    """Sizes of one alignment class share a kernel, which is read once."""
+    """The analysis of a launch: sizes of one alignment class share a kernel, which is read once."""
     if key not in _ANALYSED:
         _ANALYSED[key] = analyse(launch.compiled)
     return _ANALYSED[key]
@@ -215,7 +216,8 @@ def _analysed(key: str, launch: RecordedLaunch) -> KernelCode:
 
 
 def peer_costs(peer: Peer, target: str, vocabulary: int) -> dict[str, KernelCost]:
-    """Cost of each Triton kernel that a peer launches; log_softmax and the like are PyTorch's."""
+    """The cost of each Triton kernel that a peer launches; log_softmax and the like are
+    PyTorch's."""
     student = torch.zeros(2, vocabulary, dtype=torch.bfloat16, requires_grad=True)
     with record_launches(target) as launches:
         peer.loss(student, torch.zeros(2, vocabulary, dtype=torch.bfloat16)).backward()  # type: ignore[no-untyped-call]
@@ -242,7 +244,8 @@ def _peer_cost(launch: RecordedLaunch) -> KernelCost:
 
 
 def speculators_tiles(target: str) -> list[KernelCost]:
-    """Both forward KL kernels of speculators with every tile that its autotuner may choose."""
+    """The cost of both forward KL kernels of speculators with every tile that its autotuner may
+    choose."""
     fused = speculators_losses()
     v = MAIN_VOCABULARY
     logits = torch.zeros(2, v, dtype=torch.bfloat16)
@@ -265,10 +268,10 @@ def speculators_tiles(target: str) -> list[KernelCost]:
 
 
 def misaligned_rows() -> list[dict[str, Any]]:
-    """Instructions of whole rows off the 16-byte boundaries, over those of rows on them.
+    """The instructions of whole rows off the 16-byte boundaries, over those of rows on them.
 
-    Rows of V = 50,257 start at each of the 8 places between two boundaries. All is in the count,
-    first and last blocks too; PTX instructions of all warps, as executed.
+    Rows of V = 50,257 start at each of the 8 places between two boundaries. The count is of all PTX
+    instructions that all warps execute, first and last blocks included.
     """
     student, teacher = (
         x.detach() for x in make_logits(8, 50_257, torch.device("cpu"), DTYPES["bf16"])
@@ -302,7 +305,7 @@ def _executed(counters: ptxcpu.Counters) -> float:
 
 
 def compilations(loss: str = "adaptive_kl", target: str = MAIN_TARGET) -> list[dict[str, Any]]:
-    """How many kernels are compiled for all sizes of one class, and for N, mu and T."""
+    """The number of kernels that are compiled for all sizes of one class, and for N, mu and T."""
     found = []
     for name, sizes in ALIGNMENT_CLASSES.items():
         hashes: dict[str, set[str]] = {}
@@ -327,7 +330,7 @@ def compilations(loss: str = "adaptive_kl", target: str = MAIN_TARGET) -> list[d
 
 
 def _grouped(cases: Iterable[tuple[dict[str, Any], int, Mapping[str, KernelCost]]]) -> list[Any]:
-    """One entry for all vocabularies of which a case has the same costs."""
+    """The cases, with one entry for all vocabularies that have the same costs."""
     groups: list[dict[str, Any]] = []
     for case, vocabulary, costs in cases:
         entry = {**case, "kernels": {name: _as_json(cost) for name, cost in costs.items()}}
@@ -363,7 +366,7 @@ def collect() -> dict[str, Any]:
             )
             for loss in ("adaptive_kl", "forward_kl")
             for options in OPTIONS
-            # Without a head there is no choice of it.
+            # A loss without a head has no options of it.
             if loss == "adaptive_kl" or options in ("", "statistics", "softcaps")
         ),
         "peers": _grouped(
@@ -417,13 +420,13 @@ def markdown(data: dict[str, Any]) -> str:
         [
             "Instructions per vocabulary position, one (teacher, student) pair of logits. The sum "
             "is that of statistics, divergence and gradient. The head's boundary and the cut in a "
-            "group of ties stand apart: they scan the teacher's row a few times, or never. "
+            "group of ties are listed apart: they scan the teacher's row a few times, or never. "
             "`forward with gradient` is all stages in one launch, which `inplace=True` makes; the "
-            "other two kernels are the default. Widths: bytes of the global loads / stores in the "
-            "loops over full blocks. Where a loop chooses between ways, such as those of full and "
-            "of edge blocks, all of them count. Barriers, shuffles: per trip of the loops in the "
-            "sum. Local: local-memory instructions in the whole kernel. Stack and shared memory in "
-            "bytes, registers per thread.",
+            "other two kernels are the default. Widths are the bytes of the global loads / stores "
+            "in the loops over full blocks. Where a loop has several branches, such as those for "
+            "full and for edge blocks, all of them count. Barriers and shuffles are counted per "
+            "trip of the loops in the sum, and local-memory instructions (local) in the whole "
+            "kernel. Stack and shared memory are in bytes, registers per thread.",
             f"### Ours on {MAIN_TARGET}, bf16",
             table(COLUMNS, _our_rows(filter(_is_main, ours)), texts=3),
             "### Ours on other GPUs, and in other dtypes",
@@ -432,21 +435,22 @@ def markdown(data: dict[str, Any]) -> str:
             table(("GPU", "dtype", *COLUMNS[:1], *COLUMNS[3:]), _other_rows(ours), texts=3),
             f"### Ours with options, {MAIN_TARGET}, bf16",
             f"`forward with gradient`, V = {MAIN_VOCABULARY:,}. Statistics: `return_stats=True`. "
-            "Softcaps: on both sides; a tanh is made of an exp, a division and a polynomial.",
+            "Softcaps are on both sides; a tanh takes an exp, a division and a polynomial.",
             table(("loss", "with", *COLUMNS[3:]), _option_rows(data["options"]), texts=2),
-            f"### Beside the peers, {MAIN_TARGET}, bf16",
-            "Each with its own launch settings: block x warps of the forward and the backward "
-            "kernel. Not counted: what PyTorch's own kernels do before and behind Liger's, a "
-            "log_softmax of either side, its backward, and the scaling of the gradient. BC: one "
-            "loop that gives loss and gradient. Without a GPU to time its candidates on, "
-            "speculators' autotuner is given the tiles that its source names for an A100.",
+            f"### Compared with the peers, {MAIN_TARGET}, bf16",
+            "Each has its own launch settings (tiles: block x warps of the forward and the "
+            "backward kernel). The work of PyTorch's own kernels before and after Liger's is not "
+            "counted: a log_softmax of either side, its backward, and the scaling of the gradient. "
+            "`both` marks one loop that computes divergence and gradient. Without a GPU to time "
+            "its candidates on, speculators' autotuner is given the tiles that its source names "
+            "for an A100.",
             table(
                 PEER_COLUMNS,
                 _like_rows(filter(_is_main, ours)) + _peer_rows(filter(_is_main, peers)),
                 texts=4,
             ),
             "The same sums of all stages on the other GPUs, "
-            f"V = {MAIN_VOCABULARY:,}, forward and backward apart:",
+            f"V = {MAIN_VOCABULARY:,}, with forward and backward in two launches:",
             table(("loss", "computes", *NVIDIA), _target_rows(ours, peers), texts=2),
             f"Tiles of speculators' forward KL, {MAIN_TARGET}, V = {MAIN_VOCABULARY:,}:",
             table(
@@ -455,9 +459,9 @@ def markdown(data: dict[str, Any]) -> str:
                 texts=2,
             ),
             "### Rows off the 16-byte boundaries",
-            "V = 50,257 against V = 50,256: PTX instructions of whole rows, as executed, of the "
-            "adaptive loss, one lane's a position. The rows are random, of the shape that "
-            "`akl-triton bench` measures with, so that R scans them.",
+            "V = 50,257 compared with V = 50,256: the PTX instructions of one lane that whole rows "
+            "of the adaptive loss execute, per position. The rows are random, of the shape that "
+            "`akl-triton bench` measures with, so that the search for the boundary scans them.",
             table(
                 ("kernel", "V = 50,257", "V = 50,256", "ratio"),
                 [
@@ -471,8 +475,8 @@ def markdown(data: dict[str, Any]) -> str:
                 ],
             ),
             "### Compilations",
-            "Of `adaptive_kl`, for all V of a class and N = 2 and 7; T and mu are run-time values, "
-            "too.",
+            "The kernels of `adaptive_kl` for all V of a class and N = 2 and 7; T and mu are "
+            "run-time values, too.",
             table(
                 ("class", "V", "calls", *(*SEPARATE, *IN_ONE)),
                 [
@@ -558,7 +562,7 @@ def _option_rows(cases: Iterable[dict[str, Any]]) -> list[tuple[str, ...]]:
 
 
 def _together(kernels: Mapping[str, Any], names: Iterable[str]) -> tuple[str, ...]:
-    """The columns of the table of peers from `tiles` on: the kernels of a forward and backward."""
+    """The columns from `tiles` on of the table of peers: the kernels of a forward and backward."""
     costs = [kernels[name] for name in names]
     stages = [s for cost in costs for s in cost["stages"] if s["stage"] not in SEARCHES]
     of_b = sum(_stage(cost, DIVERGENCE) for cost in costs)
@@ -566,7 +570,7 @@ def _together(kernels: Mapping[str, Any], names: Iterable[str]) -> tuple[str, ..
     return (
         ", ".join(f"{cost['block']} x {cost['warps']}" for cost in costs),
         _cell(sum(_stage(cost, STATISTICS) for cost in costs)),
-        f"BC {of_both:.1f}" if of_both else _cell(of_b),
+        f"both {of_both:.1f}" if of_both else _cell(of_b),
         _cell(sum(_stage(cost, GRADIENT) for cost in costs)),
         f"{sum(cost['per_position'] for cost in costs):.1f}",
         number(sum(_sum(cost, "exps") for cost in costs)),
@@ -621,7 +625,8 @@ def _target_rows(ours: Iterable[dict[str, Any]], peers: Iterable[dict[str, Any]]
 
 
 def _tile_rows(costs: list[dict[str, Any]]) -> list[tuple[str, ...]]:
-    """The tile of the source's comment, the one of fewest instructions, and the old fixed one."""
+    """The tile of the source's comment, the tile with the fewest instructions, and the old fixed
+    one."""
     pairs = list(zip(costs[::2], costs[1::2], strict=True))
     chosen = speculators_tile(MAIN_VOCABULARY)
     kinds = {
@@ -654,7 +659,7 @@ COLOURS = {
 
 
 def plot(data: dict[str, Any], path: os.PathLike[str]) -> None:
-    """Instructions per position as bars, stage on stage, ours above the peers."""
+    """Draw instructions per position as bars, stage on stage, ours above the peers."""
     bars: dict[str, dict[str, float]] = {}
     for case in (*data["peers"][::-1], *data["ours"][::-1]):
         if not _is_main(case) or MAIN_VOCABULARY not in case["vocabularies"]:
@@ -665,23 +670,17 @@ def plot(data: dict[str, Any], path: os.PathLike[str]) -> None:
     figure = Figure(figsize=(8, 0.4 * len(bars) + 1.4), layout="constrained")
     axes = figure.subplots()
     left = dict.fromkeys(bars, 0.0)
-    words = {
-        STATISTICS: "A statistics",
-        DIVERGENCE: "B divergence",
-        GRADIENT: "C gradient",
-        DIVERGENCE_AND_GRADIENT: "B and C in one",
-    }
     for stage, colour in COLOURS.items():
         axes.barh(
             list(bars),
             [of[stage] for of in bars.values()],
             left=list(left.values()),
             color=colour,
-            label=words[stage],
+            label=stage,
         )
         left = {name: left[name] + of[stage] for name, of in bars.items()}
     for name, total in left.items():
-        # Their log_softmax is not Triton's, and not counted.
+        # Their log_softmax is PyTorch's, and not counted.
         more = " + log_softmax" if name.startswith("Liger") else ""
         axes.annotate(f" {total:.1f}{more}", (total, name), va="center", fontsize=8)
     axes.set_title(

@@ -21,7 +21,7 @@ VOCABULARIES = (32_000, 49_152, 128_256, 151_936)
 
 
 class Order(NamedTuple):
-    """A way to sweep a row."""
+    """An order in which launches sweep a row."""
 
     name: str
     launches: tuple[tuple[str, ...], ...]  # their stages; the boundary is one scan of the teacher
@@ -58,7 +58,7 @@ def sweeps(blocks: int, order: Order, stages: Sequence[str]) -> Iterator[Access]
 
 
 def modelled(size: int, resident: int, vocabulary: int, order: Order) -> float:
-    """Bytes per position of all launches of an order."""
+    """The modelled bytes per position of all launches of an order."""
     blocks = -(-vocabulary // BLOCK)
     moved = sum(
         blocks_moved(size // BLOCK_BYTES, resident, list(sweeps(blocks, order, stages)))
@@ -68,7 +68,7 @@ def modelled(size: int, resident: int, vocabulary: int, order: Order) -> float:
 
 
 def collect(device: str = "H100", vocabularies: Sequence[int] = VOCABULARIES) -> dict[str, Any]:
-    """Modelled bytes per position of every order; `device` is a name in devices.toml."""
+    """The modelled bytes per position of every order; `device` is a name in devices.toml."""
     of_device = tomllib.loads(DEVICES.read_text("utf-8"))[device]
     resident = ROWS_PER_SM * of_device["sms"]
     return {

@@ -2,8 +2,8 @@
 
 Memory is the most that one forward and backward hold on top of the inputs, gradients included,
 recorded by PyTorch's profiler (a CPU) or its allocator (a GPU). Times are the least of several
-rounds in one process, the parts and the whole in turn. Heads have the sizes of SmolLM2-135M's,
-V = 49,152 and H = 576 on both sides.
+rounds in one process, the parts and the whole in turn. The lm_heads have the sizes of
+SmolLM2-135M's, V = 49,152 and H = 576 on both sides.
 """
 
 from __future__ import annotations
@@ -19,53 +19,53 @@ from akl_triton.cli.bench import MIB, peak_memory
 from akl_triton.linear_ops import chunk_rows, default_chunk_bytes
 from bench.inputs.linear_peers import LinearLoss, authors, linear_peers
 from bench.inputs.shapes import SMOLLM2_HIDDEN, SMOLLM2_VOCABULARY
-from bench.inputs.synthetic import Heads, make_heads
+from bench.inputs.synthetic import HiddenStates, make_hidden_states
 from bench.lab.clock import least_times
 
 AUTHORS_TOKENS = 256  # their memory is measured on these: so much a token, see `collect`
 
 
-def chunk_rows_of(heads: Heads) -> int:
-    """Tokens a chunk that linear_adaptive_kl takes by default."""
-    row = 2 * SMOLLM2_VOCABULARY * heads.student_hidden.itemsize
-    chunk_bytes = default_chunk_bytes(heads.student_hidden.device)
-    return min(chunk_rows(chunk_bytes, row), len(heads.student_hidden))
+def chunk_rows_of(states: HiddenStates) -> int:
+    """The number of tokens in a chunk of linear_adaptive_kl by default."""
+    row = 2 * SMOLLM2_VOCABULARY * states.student_hidden.itemsize
+    chunk_bytes = default_chunk_bytes(states.student_hidden.device)
+    return min(chunk_rows(chunk_bytes, row), len(states.student_hidden))
 
 
-def predicted_bytes(heads: Heads) -> dict[str, int]:
-    """The design's model, and what is returned."""
-    size = heads.student_hidden.itemsize
+def predicted_bytes(states: HiddenStates) -> dict[str, int]:
+    """The peak by the model of the design, with the returned gradients."""
+    size = states.student_hidden.itemsize
     return {
-        "logits of a chunk, 2 C V bytes": 2 * chunk_rows_of(heads) * SMOLLM2_VOCABULARY * size,
+        "logits of a chunk, 2 C V bytes": 2 * chunk_rows_of(states) * SMOLLM2_VOCABULARY * size,
         "sum of dW, 4 V H": 4 * SMOLLM2_VOCABULARY * SMOLLM2_HIDDEN,
-        "dH, N H bytes": heads.student_hidden.numel() * size,
+        "dH, N H bytes": states.student_hidden.numel() * size,
     }
 
 
-def step_of(loss: LinearLoss, heads: Heads) -> Callable[[], None]:
+def step_of(loss: LinearLoss, states: HiddenStates) -> Callable[[], None]:
     def step() -> None:
-        for x in heads.trained:
+        for x in states.trained:
             x.grad = None
-        loss(*heads).backward()  # type: ignore[no-untyped-call]
+        loss(*states).backward()  # type: ignore[no-untyped-call]
 
     return step
 
 
-def measure_memory(loss: LinearLoss, heads: Heads) -> int:
-    """Peak bytes on top of the heads."""
-    for x in heads.trained:
+def measure_memory(loss: LinearLoss, states: HiddenStates) -> int:
+    """The peak bytes beyond those of the inputs."""
+    for x in states.trained:
         x.grad = None
-    peak = peak_memory(step_of(loss, heads), heads.student_hidden.device)
-    for x in heads.trained:
+    peak = peak_memory(step_of(loss, states), states.student_hidden.device)
+    for x in states.trained:
         x.grad = None
     return peak
 
 
-def parts(heads: Heads) -> dict[str, Callable[[], Any]]:
-    """What the fused loss is made of, on all tokens at once."""
-    h, w = (x.detach() for x in heads.trained)
+def parts(states: HiddenStates) -> dict[str, Callable[[], Any]]:
+    """The parts of the fused loss, on all tokens at once."""
+    h, w = (x.detach() for x in states.trained)
     student = F.linear(h, w).requires_grad_()
-    teacher = F.linear(heads.teacher_hidden, heads.teacher_weight)
+    teacher = F.linear(states.teacher_hidden, states.teacher_weight)
     buffer = torch.empty_like(teacher)
     weight_gradient = torch.empty_like(w)
     hidden_gradient = torch.empty_like(h)
@@ -76,7 +76,7 @@ def parts(heads: Heads) -> dict[str, Callable[[], Any]]:
     return {
         "student logits": lambda: torch.mm(h, w.t(), out=buffer),
         "teacher logits": lambda: torch.mm(
-            heads.teacher_hidden, heads.teacher_weight.t(), out=buffer
+            states.teacher_hidden, states.teacher_weight.t(), out=buffer
         ),
         "adaptive_kl": loss,
         "dH": lambda: torch.mm(buffer, w, out=hidden_gradient),
@@ -91,18 +91,18 @@ def collect(
     device: str = "cpu",
     dtype: str = "float32",
 ) -> dict[str, Any]:
-    """Memory of `tokens`, times of `time_tokens`."""
+    """The memory of `tokens`, and the times of `time_tokens`."""
     where = torch.device(device)
 
-    def heads_of(rows: int) -> Heads:
-        return make_heads(
+    def hidden_states_of(rows: int) -> HiddenStates:
+        return make_hidden_states(
             rows, SMOLLM2_VOCABULARY, SMOLLM2_HIDDEN, where, getattr(torch, dtype), seed=0
         )
 
     name = torch.cuda.get_device_name(where) if where.type == "cuda" else "CPU"
-    heads = heads_of(tokens)
-    rows = chunk_rows_of(heads)
-    few = heads_of(AUTHORS_TOKENS)
+    states = hidden_states_of(tokens)
+    rows = chunk_rows_of(states)
+    few = hidden_states_of(AUTHORS_TOKENS)
     of_authors = measure_memory(authors, few)
     table = []
     for peer in linear_peers(rows):
@@ -113,20 +113,20 @@ def collect(
             "remark": peer.remark,
         }
         if row["obstacle"] is None:
-            row["peak_bytes"] = measure_memory(peer.loss, heads)
+            row["peak_bytes"] = measure_memory(peer.loss, states)
         table.append(row)
     table.append(
         {
             "name": f"authors' code on all logits, from {AUTHORS_TOKENS} tokens",
             "computes": "AKL",
             "obstacle": None,
-            # Reached before there is a dW, it is all proportional to the tokens.
+            # That peak comes before there is a dW, so that all of it is proportional to the tokens.
             "remark": "in proportion to the tokens",
             "peak_bytes": of_authors * tokens // AUTHORS_TOKENS,
         }
     )
-    del heads, few
-    timed = heads_of(time_tokens)
+    del states, few
+    timed = hidden_states_of(time_tokens)
     steps = parts(timed) | {"linear_adaptive_kl": step_of(linear_peers(rows)[0].loss, timed)}
     seconds = least_times(steps, rounds, where)
     whole = seconds.pop("linear_adaptive_kl")
@@ -141,7 +141,7 @@ def collect(
         "vocabulary": SMOLLM2_VOCABULARY,
         "hidden": SMOLLM2_HIDDEN,
         "chunk_tokens": rows,
-        "predicted_bytes": predicted_bytes(heads_of(tokens)),
+        "predicted_bytes": predicted_bytes(hidden_states_of(tokens)),
         "methods": table,
         "parts_seconds": seconds,
         "fused_seconds": whole,

@@ -1,10 +1,10 @@
 # Device code cannot be annotated.
 # mypy: ignore-errors
-"""`python -m bench on_chip`: a trial, compiled and never run, of a row that stays in registers.
+"""`python -m bench on_chip`: a trial of a row that stays in registers, compiled and never run.
 
 Packed words of two bf16 logits are read once and held through statistics, divergence and gradient;
-what they weigh in registers, and what the arithmetic costs, is all that is asked of it. The head's
-boundary, the edges of a row and ties are left out. See NOTES.md for why the kernels do not do this.
+the question is only how many registers they take, and what the arithmetic costs. The head's
+boundary, the edges of a row and ties are left out. NOTES.md says why the kernels do not do this.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def on_chip_kernel(
             slots = tl.maximum(slots, t)
     lse_t = reference_t + tl.log2(tl.sum(z_t, axis=0))
     lse_s = reference_s + tl.log2(tl.sum(z_s, axis=0))
-    crossing = tl.max(slots, axis=0) - below_top  # stands for R, which would work on the slots
+    crossing = tl.max(slots, axis=0) - below_top  # in place of the boundary
 
     forward_kl = tl.zeros((WORDS,), tl.float32)
     reverse_kl = tl.zeros((WORDS,), tl.float32)
@@ -119,7 +119,7 @@ def on_chip_kernel(
 
 
 def collect() -> dict[str, Any]:
-    """What each case compiles to for sm_90."""
+    """The registers, stack and instructions of each case, compiled for sm_90."""
     found = []
     for v, warps, parts, registers in CASES:
         words = torch.zeros(2, v // 2, dtype=torch.int32)
@@ -156,6 +156,6 @@ def markdown(data: dict[str, Any]) -> str:
         for case in data["cases"]
     ]
     return (
-        "Compiled for sm_90; instructions per position of the whole kernel, without R.\n\n"
-        + table(columns, rows)
+        "Compiled for sm_90. Instructions are per position of the whole kernel, which has no "
+        "boundary.\n\n" + table(columns, rows)
     )

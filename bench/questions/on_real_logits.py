@@ -32,13 +32,15 @@ LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 def authors_head_size(teacher: Tensor) -> Tensor:
-    """Tokens in the head by the authors' rule and in their arithmetic: fp32 sort and cumsum."""
+    """The number of tokens in the head by the authors' rule and in their arithmetic: fp32 sort and
+    cumsum."""
     p = torch.softmax(teacher.float(), dim=-1).sort(dim=-1, descending=True).values
     return (p.cumsum(-1) <= MU).sum(-1).clamp(min=1)
 
 
 def costs(student: Tensor, teacher: Tensor, rounds: int) -> dict[str, dict[str, float]]:
-    """Time and temporaries, the two taking turns so that both meet the same disturbances."""
+    """The time and temporaries of both, which take turns so that they meet the same
+    disturbances."""
     student = student.clone().requires_grad_()
     measured: dict[str, list[Cost]] = {name: [] for name in LOSSES}
     for _ in range(rounds):
@@ -55,7 +57,7 @@ def costs(student: Tensor, teacher: Tensor, rounds: int) -> dict[str, dict[str, 
 
 
 def heads(student: Tensor, teacher: Tensor) -> dict[str, dict[str, int]]:
-    """How many rows have the authors' head, the oracle's, and neither of the two.
+    """The number of rows that have the authors' head, the oracle's, and neither of the two.
 
     In the rounding band, where mu (1 +- verify.MU_SLACK) have different heads, any head of the band
     is right.
@@ -87,7 +89,7 @@ def heads(student: Tensor, teacher: Tensor) -> dict[str, dict[str, int]]:
 
 
 def collect(rows: int = 256, rounds: int = 5) -> dict[str, Any]:
-    """Costs and heads in fp32 and in bf16."""
+    """The costs, and the heads, in fp32 and in bf16."""
     student, teacher = real_logits(rows)
     return {
         "rows": rows,

@@ -1,6 +1,5 @@
-"""`python -m bench operators`: what each way to compute the loss moves, operator by operator.
-
-Of every PyTorch operator of the forward and the backward, the bytes of its inputs and outputs are
+"""`python -m bench operators`: the bytes that each way to compute the loss moves, operator by
+operator. The bytes of the inputs and outputs of every PyTorch operator in forward and backward are
 counted (bench/lab/operators.py). Triton kernels are compiled for sm_90 and executed by
 bench/lab/ptxcpu, which counts what they load and store. There is no cache in either count.
 """
@@ -48,7 +47,8 @@ class Subject:
 
 
 def subjects() -> list[Subject]:
-    """Ours, and every peer that can run here; compiled ones need a GPU to be themselves."""
+    """Our losses, and every peer that can run here; code of torch.compile is that of a GPU only
+    there."""
     found = []
     for peer in PEERS:
         with ptxcpu.active(arch=ARCH):
@@ -67,7 +67,7 @@ def _step(peer: Peer) -> Step:
 
 
 def is_of_our_kernels(operator: Any, arguments: tuple[Any, ...]) -> bool:
-    """Whether ptxcpu counts what an operator moves."""
+    """Whether ptxcpu counts the bytes that an operator moves."""
     if operator.namespace != "akl_triton":
         return False
     if TORCH in arguments:
@@ -77,7 +77,8 @@ def is_of_our_kernels(operator: Any, arguments: tuple[Any, ...]) -> bool:
 
 @torch.no_grad()
 def _torch_backend(student: Tensor, teacher: Tensor) -> None:
-    """What adaptive_kl(backend="torch") and its backward run, outside of the operator around it."""
+    """The work of adaptive_kl(backend="torch") and its backward, outside of the operator around
+    it."""
     rule = Rule(AdaptiveKL())
     result = empty_result(student[None], with_stats=False)
     eager.forward(student, teacher, None, None, rule, result)
@@ -88,7 +89,8 @@ def _torch_backend(student: Tensor, teacher: Tensor) -> None:
 
 
 def measure(subject: Subject, student: Tensor, teacher: Tensor) -> dict[str, Any]:
-    """Bytes per vocabulary position of the operators and of the kernels, and temporaries alive."""
+    """The bytes per vocabulary position of the operators and of the kernels, and temporaries
+    alive."""
     positions = student.numel()
     leaf = student.clone().requires_grad_()
     with ptxcpu.active(arch=ARCH) as counters:
@@ -127,7 +129,7 @@ def measure(subject: Subject, student: Tensor, teacher: Tensor) -> dict[str, Any
 
 
 def collect(rows: int = ROWS) -> dict[str, Any]:
-    """Forward and backward of every subject on real logits in bf16, T = 1."""
+    """The figures of forward and backward for every subject, on real logits in bf16, T = 1."""
     student, teacher = (x.bfloat16() for x in real_logits(rows))
     return {
         "arch": f"sm_{ARCH}",
@@ -138,7 +140,7 @@ def collect(rows: int = ROWS) -> dict[str, Any]:
 
 
 def markdown(data: dict[str, Any]) -> str:
-    """One table of all subjects, what computes the same together; one of the authors' operators."""
+    """A table of all subjects, grouped by what they compute, and one of the authors' operators."""
     found = data["subjects"]
     ours = {s["computes"]: s["bytes"] for s in reversed(found) if s["name"] == s["computes"]}
     lines = [
@@ -162,11 +164,11 @@ def markdown(data: dict[str, Any]) -> str:
     moved = {n: o for n, o in authors["operators"].items() if o["read"] + o["written"] >= 0.05}
     lines += [
         "",
-        "An operator's inputs are counted once and so are its outputs: what it reads twice inside "
+        "An operator's inputs are counted once and so are its outputs: a second read inside of it "
         "is not seen. FKL and RKL alone are less work than AKL, which needs both, the gap and the "
-        "head: their like is ours of that name. We have no JSD. The PyTorch backend works in a few "
-        "MiB that it uses again for every chunk of rows; what it moves to and from [N, V] tensors "
-        "is in the column of that name.",
+        "head: they are to be compared with ours of that name. The PyTorch backend works in a few "
+        "MiB that it uses again for every chunk of rows; the bytes that it moves to and from "
+        "[N, V] tensors are in the column of that name.",
         "",
         "The authors' code, operator by operator:",
         "",

@@ -1,8 +1,8 @@
-"""`python -m bench overview`: the picture that opens the README, of one token and of memory.
+"""`python -m bench overview`: the picture at the top of the README, of one token and of memory.
 
 Left: the probabilities of one real token in the order of the teacher, the gap between teacher and
-student in the head and in the tail, and the weight w that adaptive KL makes of the two. Right: the
-peaks of memory that `python -m bench linear` stored.
+student in the head and in the tail, and the weight w that adaptive KL derives from the two. Right:
+the peaks of memory that `python -m bench linear` stored.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ METHODS = (
 
 
 def collect() -> dict[str, Any]:
-    """A token by the float64 oracle, and the stored peaks."""
+    """A token as the float64 oracle sees it, and the stored peaks."""
     students, teachers = real_logits(ROWS)
     student, teacher = students[ROW : ROW + 1], teachers[ROW : ROW + 1]
     exact = reference_adaptive_kl(student, teacher)
@@ -92,7 +92,7 @@ def _kind(method: dict[str, Any]) -> str:
 
 
 def plot(data: dict[str, Any], path: Path) -> None:
-    """The token on the left, the memory on the right."""
+    """Draw the token on the left, the memory on the right."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 3.9), layout="constrained")

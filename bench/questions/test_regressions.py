@@ -1,8 +1,9 @@
 """`pytest bench --benchmark-only`: forward and backward of the PyTorch backend and of the authors'
 code on this CPU, grouped by V so that their ratio shows in one run.
 
-What pytest-benchmark keeps (`--benchmark-autosave`) it compares with (`--benchmark-compare`,
-`--benchmark-compare-fail=min:10%`). A plain `pytest` does not come here.
+pytest-benchmark can keep a run (`--benchmark-autosave`) and compare a later one with it
+(`--benchmark-compare`, `--benchmark-compare-fail=min:10%`). A plain `pytest` does not collect this
+file.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""`python -m bench traffic`: what the compiled kernels read, write and execute on real logits.
+"""`python -m bench traffic`: the bytes and instructions of the compiled kernels on real logits.
 
 The kernels are compiled for sm_90 and their PTX is executed on this CPU, which counts (see
 bench/lab/ptxcpu). All figures are per vocabulary position, one (teacher, student) pair of logits,
-unless they say "row". There is no cache in this count: what the L2 saves is not in it.
+unless they say "row". There is no cache in this count: it leaves out what the L2 saves.
 
     bytes          what the lanes ask for
     sectors        bytes of the distinct 32-byte sectors of each request
@@ -37,7 +37,7 @@ Loss = Callable[..., Tensor]
 
 
 def totals(counters: ptxcpu.Counters) -> Totals:
-    """The counts of all kernels together."""
+    """The sum of the counts of all kernels."""
 
     def add(name: str) -> int:
         return sum(int(of_kernel.get(name, 0)) for of_kernel in counters.values())
@@ -57,7 +57,7 @@ def totals(counters: ptxcpu.Counters) -> Totals:
 
 
 def two_launches(loss: Loss, student: Tensor, teacher: Tensor, **options: Any) -> dict[str, Totals]:
-    """Counts of the forward, of the backward and of both."""
+    """The counts of the forward, of the backward and of both."""
     leaf = student.detach().requires_grad_()
     with ptxcpu.active(arch=ARCH) as counters:
         value = loss(leaf, teacher, **options, backend="triton")
@@ -70,10 +70,10 @@ def two_launches(loss: Loss, student: Tensor, teacher: Tensor, **options: Any) -
 
 
 def one_launch(loss: Loss, student: Tensor, teacher: Tensor, **options: Any) -> Totals:
-    """Counts of the forward that also makes the gradient, in place."""
+    """The counts of the forward that also computes the gradient, in place."""
     consumed = student.detach().requires_grad_().clone()
     with ptxcpu.active(arch=ARCH) as counters:
-        # Its backward finds the factor 1 and reads no row.
+        # The backward finds the factor 1 and reads no row.
         value = loss(consumed, teacher, **options, inplace=True, backend="triton")
         value.backward()  # type: ignore[no-untyped-call]
         return totals(counters)
@@ -89,12 +89,12 @@ def per_position(counts: Totals, student: Tensor) -> Totals:
 
 
 def scans(student: Tensor, teacher: Tensor, temperature: float) -> dict[str, list[float]]:
-    """How much of the teacher's row is read for the boundary, row by row, in rows.
+    """The part of the teacher's row that is read for the boundary, row by row, in rows.
 
-    It is what the adaptive forward reads more than the forward of a fixed weight that is asked for
-    the gap, which sweeps the row as often but for the head. "boundary" is that of ties="average";
-    "cut" is what ties="stable" adds, the second look that the divergence takes at the block of the
-    cut included.
+    It is what the adaptive forward reads beyond the forward of a fixed weight that is asked for the
+    gap, which makes the same sweeps except those for the head. "boundary" is that of
+    ties="average"; "cut" is what ties="stable" adds, including the second look that the divergence
+    takes at the block of the cut.
     """
     row_bytes = teacher.shape[1] * teacher.element_size()
     found: dict[str, list[float]] = {"boundary": [], "cut": []}
@@ -129,7 +129,7 @@ def summarise(of_rows: dict[str, list[float]]) -> dict[str, float]:
 
 
 def case(student: Tensor, teacher: Tensor, temperature: float, synthetic: bool) -> dict[str, Any]:
-    """Everything about one pair of logits at one temperature."""
+    """All figures of one pair of logits at one temperature."""
     of_phase = {
         **two_launches(adaptive_kl, student, teacher, temperature=temperature),
         "with_gradient": one_launch(adaptive_kl, student, teacher, temperature=temperature),
@@ -213,10 +213,11 @@ def markdown(data: dict[str, Any]) -> str:
             "",
             *_table(synthetic),
             "",
-            "Per vocabulary position: bytes read and written, without a cache; those of the "
-            + "32-byte sectors of each request; those of every sector once a launch (compulsory); "
-            + "PTX instructions of a lane. Per row: scans of the teacher's row for the boundary, "
-            + "barriers and divergent basic blocks of forward and backward.",
+            "The figures per vocabulary position are the bytes read and written, without a cache; "
+            + "those of the 32-byte sectors of each request; those of every sector once a launch "
+            + "(compulsory); and the PTX instructions of a lane. Those per row are the scans of "
+            + "the teacher's row for the boundary, and the barriers and divergent basic blocks of "
+            + "forward and backward.",
         ]
     )
 

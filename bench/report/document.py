@@ -12,7 +12,7 @@ from bench.store import load
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENT = ROOT / "bench" / "RESULTS.md"
 
-# Question: heading of its section. In the order of asking, as the floor reads the others.
+# The heading of the section of each question, in the order of asking: the floor reads the others.
 SECTIONS = {
     "instructions": "Instructions, registers and occupancy, ours and the peers'",
     "family": "The family: instructions, registers and stack of each divergence",
@@ -23,22 +23,23 @@ SECTIONS = {
     "linear": "Fused linear: peak memory and time",
     "floor": "Floors",
     "on_real_logits": "The PyTorch backend and the authors' code on real logits",
-    "demo": "A demo: one student of each loss",
+    "demo": "A demo: one student for each loss",
 }
 
 
 def render() -> str:
-    """RESULTS.md of the stored figures."""
+    """The text of RESULTS.md for the stored figures."""
     stored = {name: load(name) for name in SECTIONS}
     versions = {package: None for of in stored.values() for package in of["versions"]}
     parts = [
         "# Results",
-        "Written by `python -m bench report` of what `python -m bench all --save` stored; each "
-        "section says which command runs it alone. None needs a GPU: kernels are compiled for the "
-        "GPUs named and read (`bench/lab/sass.py`), or their PTX is executed on a CPU and counted "
+        "This page is written by `python -m bench report` from the answers that `python -m bench "
+        "all --save` stored; each section names the command that runs it alone. None needs a GPU: "
+        "kernels are compiled for the GPUs named, and their machine code is read "
+        "(`bench/lab/sass.py`), or their PTX is executed on a CPU and counted "
         "(`bench/lab/ptxcpu`). No figure is a time of a GPU; those of the fused linear losses and "
-        "of the PyTorch backend are times of a CPU. What was tried, and why it did or did not pay, "
-        "is in [NOTES.md](NOTES.md).",
+        "of the PyTorch backend are times of a CPU. [NOTES.md](NOTES.md) lists the changes that "
+        "were tried, and why they did or did not pay.",
         table(
             ("section", "command", "date", *versions),
             [

@@ -9,7 +9,7 @@ from typing import Any
 from bench.inputs.stages import CUT, IN_ONE, SEARCHES, SEPARATE
 from bench.report.tables import table
 
-# Data of the sections, by section.
+# The stored data of each section, by its name.
 Stored = Mapping[str, Mapping[str, Any]]
 
 BYTES = {1.0: 15.0, 2.0: 18.0, 4.0: 24.0}
@@ -120,7 +120,7 @@ def goals() -> list[Goal]:
 
 
 def markdown(stored: Stored) -> str:
-    """The table of all goals; what no stored section tells is not in it."""
+    """The table of all goals whose section is stored."""
     rows = []
     for goal in goals():
         if goal.section not in stored:
@@ -231,7 +231,7 @@ def _scans_at(temperature: float) -> Callable[[Mapping[str, Any]], float]:
 
 
 def _spread(figures: list[float]) -> float:
-    """By how much the largest is above the smallest."""
+    """The relative excess of the largest over the smallest."""
     return max(figures) / min(figures) - 1.0
 
 

@@ -1,6 +1,5 @@
-"""The figures in README.md: each stands in a block that is written from what is stored.
-
-A block of the README is what stands between two comments, which its readers do not see:
+"""The figures in README.md: each is in a block that is written from the stored answers. A block is
+the text between two comments, which readers of the page do not see:
 
     <!-- python -m bench report: NAME -->
     ...
@@ -31,7 +30,7 @@ MIB = 2**20
 
 
 def costs() -> str:
-    """The table of what a forward and backward costs, ours and the peers'."""
+    """The table of the costs of a forward and backward, ours and the peers'."""
     instructions, operators, floors = (
         load(name)["data"] for name in ("instructions", "operators", "floor")
     )
@@ -86,7 +85,7 @@ def costs() -> str:
 
 
 def logits() -> str:
-    """Why the losses of hidden states are there."""
+    """The reason for the losses of hidden states."""
     tokens, vocabulary, sides, element = 16_384, MAIN_VOCABULARY, 2, 2
     gigabytes = sides * tokens * vocabulary * element / 1e9
     return _paragraph(
@@ -122,7 +121,7 @@ def _short(dtype: str) -> str:
 
 
 def demo() -> str:
-    """What the demo does, its picture and its figures."""
+    """The description of the demo, its picture and its figures."""
     data = load("demo")["data"]
     _, shares = demo_question.first_and_last(data, "head_share")
     if not shares["FKL"] < shares["AKL"] < shares["RKL"]:
@@ -154,7 +153,7 @@ def demo() -> str:
 
 
 def _paragraph(text: str) -> str:
-    """The text in lines; none ends inside of a command."""
+    """The text wrapped into lines, none of which ends inside of a command."""
     whole = re.sub(r"`[^`]+`", lambda code: code[0].replace(" ", "\0"), text)
     lines = textwrap.fill(whole, WIDTH, break_long_words=False, break_on_hyphens=False)
     return lines.replace("\0", " ")

@@ -15,5 +15,5 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], texts: int = 1) ->
 
 
 def number(value: float, digits: int = 1) -> str:
-    """Digits after the point, or none if it is a whole number."""
+    """The number with its digits after the point, or without if it is a whole number."""
     return f"{value:,.0f}" if value == round(value) else f"{value:,.{digits}f}"

@@ -34,8 +34,8 @@ from .parse import PtxError
 WARP_SIZE = 32
 MAX_THREADS_PER_CTA = 1024
 MAX_COOPERATIVE_CTAS = 512
-# The device ordinal selects Triton's in-process kernel cache: one per architecture, and none that
-# a real GPU uses.
+# The device ordinal selects Triton's in-process kernel cache: there is one per architecture, and
+# none that a real GPU uses.
 DEVICE_BASE = 1 << 16
 # Shared memory that a CTA can opt in to, in KiB.
 SHARED_KIB = {75: 64, 80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99}
