@@ -1,4 +1,4 @@
-"""The two backends as one fixture: what holds for one must hold for the other."""
+"""The two backends as one fixture: a test must pass with either."""
 
 from __future__ import annotations
 
@@ -27,5 +27,5 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.fixture
 def device(backend: str) -> torch.device:
-    """Where the tensors of that backend are."""
+    """The device on which tensors of that backend are."""
     return torch.device("cuda" if backend == "triton" and torch.cuda.is_available() else "cpu")

@@ -1,6 +1,6 @@
-"""The functions and modules: what reductions, labels, shifts, shapes and in-place gradients mean.
-
-Both backends; the numbers themselves are compared more finely in test_eager.py and kernels/.
+"""The functions and modules: the meaning of reductions, labels, shifts, shapes and in-place
+gradients. The tests run with both backends; test_eager.py and kernels/ compare the numbers
+themselves more finely.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def pair(
 
 
 def labels_of(device: torch.device, *ignored: tuple[int, ...]) -> Tensor:
-    """[3, 3] int64 of tokens that count, but for those named."""
+    """[3, 3] int64 of valid tokens, except for those in `ignored`."""
     labels = torch.arange(TOKENS, device=device).view(SHAPE)
     for where in ignored:
         labels[where] = IGNORED
@@ -93,7 +93,8 @@ def gradient(loss: Tensor, student: Tensor, upstream: Tensor | None = None) -> T
 
 
 def loss_of(student: Tensor, teacher: Tensor, labels: Tensor, **options: Any) -> Tensor:
-    """The loss alone; with statistics, for that is the masked kernel that most tests build."""
+    """The loss alone, from a call with statistics: that is the masked kernel that most tests
+    build."""
     loss, _ = adaptive_kl(student, teacher, labels, return_stats=True, **options)
     return loss
 
@@ -124,7 +125,7 @@ def test_reduction(backend, device, reduction, dtype):
 @pytest.mark.parametrize("head", ["exclusive", "inclusive"])
 @pytest.mark.parametrize("ties", ["stable", "average"])
 def test_options_of_the_head(head, ties):
-    """Integer logits, so that ties are split; the kernels' own tests compare theirs."""
+    """The logits are integers, so that ties are split; the kernels' own tests compare theirs."""
     g = torch.Generator().manual_seed(4)
     student, teacher = torch.randint(-2, 3, (2, 40, 17), generator=g).float()
     options: dict[str, Any] = {"mu": 0.6, "temperature": 2.0, "head": head, "ties": ties}
@@ -149,7 +150,8 @@ def test_num_items_replaces_the_count(backend, device, dtype, on_host):
 
 @pytest.mark.parametrize("inplace", [False, True])
 def test_gradient_accumulation_is_exact(backend, device, inplace):
-    """Micro-batches of unlike numbers of tokens add up, in a leaf, to the batch they form."""
+    """The gradients of micro-batches of different numbers of tokens add up, in a leaf, to that of
+    the whole batch."""
     hidden = logits(*SHAPE, 8, seed=5, device=device)
     _, teacher = pair(device)
     labels = labels_of(device, (0, 0), (0, 1))
@@ -192,7 +194,7 @@ def test_scale_by_t2(backend, device):
     scaled_loss, scaled_grad, scaled_stats = run(True)
     assert_near(scaled_loss, 9 * loss)
     assert_near(scaled_grad, 9 * grad)
-    assert torch.equal(scaled_stats.forward_kl, stats.forward_kl)  # stays in nats
+    assert torch.equal(scaled_stats.forward_kl, stats.forward_kl)  # statistics are not scaled
 
 
 # ---- labels
@@ -247,7 +249,7 @@ def test_ignored_tokens_may_hold_anything(backend, device, inplace):
 @pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_all_ignored(backend, device, reduction, inplace):
-    """Zero, with a live graph: the step of a batch without answers must not fail."""
+    """The loss is 0, with a live graph: the step of a batch without answers must not fail."""
     student, teacher = pair(device)
     labels = torch.full(SHAPE, IGNORED, device=device)
     with torch.no_grad():
@@ -304,7 +306,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 @pytest.mark.parametrize("of_teacher", LAYOUTS)
 @pytest.mark.parametrize("of_student", LAYOUTS)
 def test_strided_logits(backend, device, of_student, of_teacher):
-    """Any strides of either side give what contiguous logits give."""
+    """Logits of any strides, on either side, give the same as contiguous ones."""
     student, teacher = pair(device)
     student, teacher = LAYOUTS[of_student](student.detach()), LAYOUTS[of_teacher](teacher)
     contiguous = student.contiguous(), teacher.contiguous()
@@ -360,7 +362,7 @@ def test_no_tokens(backend, device, shape, reduction):
 @pytest.mark.parametrize("v_s, v_t", [(V, V + 32), (V + 32, V)])
 @pytest.mark.parametrize("inplace", [False, True])
 def test_vocabularies_of_unlike_size(backend, device, v_s, v_t, inplace):
-    """What one side has more is -inf on the other."""
+    """The tokens that only one side has are -inf on the other."""
     student, teacher = pair(device, v_s=v_s, v_t=v_t)
     loss = adaptive_kl(student * 1, teacher, reduction="sum", inplace=inplace, backend=backend)
     expected = oracle(student, teacher)
@@ -445,7 +447,8 @@ def test_inplace_gradient_that_is_overwritten_is_not_used(backend, device):
 
 
 def test_inplace_gradient_in_fp16_survives_a_loss_scale(backend, device):
-    """What is written before the loss scale is known must not lie below fp16's normal numbers."""
+    """A gradient that is written before the loss scale is known must not lie below fp16's normal
+    numbers."""
     student = (logits(4096, V, seed=1, device=device) / 2**14).half().requires_grad_()
     teacher = logits(4096, V, seed=2, device=device, dtype=torch.float16)
     scale = 2.0**16
@@ -472,7 +475,8 @@ def test_inplace_leaves_logits_alone_where_no_gradient_is_wanted(backend, device
 
 @pytest.mark.parametrize("of_a_view", [False, True])
 def test_inplace_is_seen_by_autograd(backend, device, of_a_view):
-    """An operation whose backward needs the consumed logits says so, rather than using them."""
+    """An operation whose backward needs the consumed logits raises an error, rather than using
+    them."""
     student, teacher = pair(device)
     capped = torch.tanh(student)
     version = capped._version
@@ -606,7 +610,7 @@ def test_autocast(backend, device):
 
 @pytest.fixture
 def many_rows(backend: str, monkeypatch: pytest.MonkeyPatch) -> tuple[int, int, int]:
-    """(N, V, bytes allowed besides): the logits are at least twice of that."""
+    """(N, V, further bytes that are allowed); the logits take at least twice as many."""
     if backend == "triton":
         return 256, V, 100 * 256
     monkeypatch.setattr(eager, "TEMPORARY_BYTES", 2 * 2**20)
@@ -614,7 +618,7 @@ def many_rows(backend: str, monkeypatch: pytest.MonkeyPatch) -> tuple[int, int, 
 
 
 def test_memory_is_the_gradients(backend, device, many_rows):
-    """Nothing near the logits' size is allocated but one gradient, and that in the backward."""
+    """Nothing near the logits' size is allocated except one gradient, in the backward pass."""
     rows, vocabulary, besides = many_rows
     student, teacher = pair(device, (rows,), v_s=vocabulary, v_t=vocabulary)
     size = 4 * student.numel()
@@ -641,7 +645,7 @@ def test_memory_in_place(backend, device, many_rows, dtype, monkeypatch):
 
 
 def test_what_is_saved_for_backward(backend, device):
-    """The logits themselves and about a dozen floats a row."""
+    """Only the logits themselves and about a dozen floats a row are saved."""
     rows = 64
     student, teacher = pair(device, (rows,))
     labels = torch.zeros(rows, dtype=torch.long, device=device)
@@ -660,7 +664,7 @@ def test_what_is_saved_for_backward(backend, device):
 
 
 def test_a_wait_would_be_traced():
-    """The yardstick of the next test: waits inside operators are seen."""
+    """The check of the next test sees waits inside of operators."""
     labels = torch.tensor([0, IGNORED])
     with Trace() as trace:
         adaptive_kl(torch.randn(2, 5), torch.randn(2, 5), labels, backend="torch")
@@ -669,7 +673,8 @@ def test_a_wait_would_be_traced():
 
 @contextlib.contextmanager
 def waits_are_errors(device: torch.device) -> Iterator[None]:
-    """A GPU knows more waits than the operators above; elsewhere there is nothing to wait for."""
+    """Have PyTorch raise at any wait of a GPU, which has more than those of WAITS; elsewhere
+    nothing waits."""
     if device.type != "cuda":
         yield
         return
@@ -688,7 +693,7 @@ def test_kernels_never_wait_for_the_device(device, backend, with_labels, inplace
     student, teacher = pair(device)
     labels = labels_of(device, (0, 1)) if with_labels else None
     counts: list[Any] = [None, 4]
-    if device.type != "cpu":  # a count on the host is looked at
+    if device.type != "cpu":  # the value of a count on the host is read
         counts.append(torch.tensor(4, device=device))
     with waits_are_errors(device), Trace() as trace:
         for num_items in counts:

@@ -1,6 +1,6 @@
-"""Bad input: an error that names the argument, what was expected and what came, and no damage.
-
-Every case is tried with and without inplace: whatever is wrong, nothing may have been overwritten.
+"""Bad input gives an error that names the argument, what was expected and what was given, and does
+no damage. Every case is tried with and without inplace: whatever is wrong, nothing may have been
+overwritten.
 """
 
 from __future__ import annotations
@@ -40,12 +40,13 @@ LABELS = torch.zeros(2, 3, dtype=torch.long)
 
 
 def computed() -> torch.Tensor:
-    """Student logits as a model gives them: all is well, but for what a case replaces."""
+    """Student logits as a model computes them; all arguments are good, except those that a case
+    replaces."""
     g = torch.Generator().manual_seed(0)
     return torch.randn(2, 3, V, generator=g, requires_grad=True) * 2
 
 
-# (arguments that replace good ones, error, what its message says)
+# (arguments that replace good ones, error, pattern of its message)
 CASES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "leading shape": (
         {"teacher_logits": logits(2, 4, V)},
@@ -266,7 +267,7 @@ CASES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     ),
 }
 
-# The same, of inplace=True alone.
+# The same for inplace=True alone.
 INPLACE_CASES: dict[str, tuple[torch.Tensor, str]] = {
     "leaf": (
         logits(2, 3, V, requires_grad=True),
@@ -365,7 +366,7 @@ def test_triton_where_it_cannot_run(inplace: bool) -> None:
 
 
 def test_messages_hold_no_values() -> None:
-    """Shapes and dtypes say enough, and logits may be anyone's."""
+    """An error shows shapes and dtypes only, as logits may be confidential."""
     student = torch.full((2, 3, V), 1234.5)
     with pytest.raises(ValueError) as error:
         adaptive_kl(student, torch.full((2, 4, V), 1234.5))
@@ -424,7 +425,7 @@ def test_dtensor(name: str) -> None:
 
 
 class Quantised(torch.Tensor):
-    """A tensor that only dispatch can read, as torchao's are."""
+    """A tensor that can be read through dispatch only, as torchao's are."""
 
     @staticmethod
     def __new__(cls, plain: torch.Tensor) -> Any:
@@ -436,7 +437,7 @@ class Quantised(torch.Tensor):
 
 
 class Tagged(torch.Tensor):
-    """A subclass that is a plain tensor in all that matters."""
+    """A subclass that is a plain tensor in every respect that matters."""
 
 
 def subclasses() -> dict[str, tuple[Any, str]]:
@@ -512,7 +513,7 @@ def test_numbers_of_any_type(option: dict[str, Any]) -> None:
     ],
 )
 def test_modules_check_their_options_when_they_are_made(module: Any, case: str) -> None:
-    """A call comes after both models have run."""
+    """A call of the loss comes after both models have run."""
     changes, error, message = CASES[case]
     with pytest.raises(error, match=f"^{message}"):
         options = {name: value for name, value in changes.items() if name != "labels"}

@@ -1,4 +1,4 @@
-"""The command line: exit codes, what is printed, and that `check` notices what is wrong."""
+"""The command line: exit codes, the output, and that `check` notices errors."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def test_check_fails_on_a_wrong_result(
 def test_check_shows_every_verdict_whole(
     columns: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """In a narrow terminal, too, and whatever the names of the cases are."""
+    """The fault is printed in a narrow terminal as well, whatever the names of the cases are."""
     monkeypatch.setenv("COLUMNS", str(columns))
     monkeypatch.setattr(akl_triton, "distillation_loss", _always_nan)
     longest = max(check.CASES, key=lambda case: len(case.name))
@@ -163,7 +163,7 @@ def test_check_fails_on_a_wrong_fused_gradient(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """In either pass, of either tensor, in either dtype."""
+    """`check` notices an error in either pass, of either tensor, in either dtype."""
     right: Any = akl_triton.linear_distillation_loss
 
     def wrong(hidden: Tensor, weight: Tensor, *inputs: Tensor, **options: Any) -> Any:

@@ -1,7 +1,7 @@
 """The formulas of other libraries, and the translation of their numbers in docs/choosing.md.
 
-Each is written out from its public source in a few lines, on float64 logits that are divided by the
-temperature already, and compared with the oracle, loss and gradient.
+Each is written out from its public source in a few lines, on float64 logits that are already
+divided by the temperature, and compared with the oracle, loss and gradient.
 """
 
 from __future__ import annotations
@@ -152,11 +152,11 @@ class Translation(NamedTuple):
     theirs: Callable[..., Tensor]
     their_numbers: dict[str, float]
     ours: list[tuple[float, str, dict[str, float]]]
-    of_entropy: float = 0.0  # the part of the teacher's entropy that their value has in addition
+    of_entropy: float = 0.0  # the multiple of the teacher's entropy that their value adds
 
 
 def translations(x: float) -> list[Translation]:
-    """With x as beta, lam or alpha."""
+    """The translations, with x as beta, lam or alpha."""
     jensen_shannon = [(1.0, "jensen_shannon", {"beta": x})]
     skew = [(1.0, "skew_kl", {"alpha": x})]
     return [
@@ -318,7 +318,7 @@ def test_limits_of_abkd_are_off_by_a_factor(alpha: float, beta: float, factor: f
 
 @pytest.mark.parametrize(("weight", "a"), [(1.0, 1.0 - 1e-6), (0.0, 1e-6)])
 def test_alpha_is_the_line_between_the_two_kl(weight: float, a: float) -> None:
-    """And its other points are those that the document names."""
+    """At its other points it is the divergence that the document names."""
     divergence, _ = oracle("mixed_kl", {"alpha": weight})
     torch.testing.assert_close(oracle("alpha", {"a": a})[0], divergence, rtol=1e-3, atol=0.0)
     p, q = (TEACHER / T).softmax(-1), (STUDENT / T).softmax(-1)

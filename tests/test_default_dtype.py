@@ -119,7 +119,7 @@ def test_on_both_backends(backend, device, inplace, default):
 @pytest.mark.parametrize("default", [torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("of", [of_logits, of_hidden])
 def test_compiled(of, default):
-    """A graph, too, is traced and run under the default of the step."""
+    """A graph is traced and run under the default of the step as well."""
     function = adaptive_kl if of is of_logits else linear_adaptive_kl
     expected = of(function, torch.float32)
     torch.compiler.reset()

@@ -1,4 +1,4 @@
-"""The demo on a random model of the same kind, small enough to be trained in no time."""
+"""The demo on a random model of the same kind, which is small enough to be trained in no time."""
 
 from __future__ import annotations
 
@@ -72,13 +72,14 @@ def test_demo_writes_curves_and_picture(
     figures = [[float(row[name]) for name in demo.Point._fields[2:]] for row in rows]
     assert all(math.isfinite(value) for row in figures for value in row)
     assert figures[0] == figures[1] == figures[2], "the three start from the same student"
-    assert figures[6] != figures[7] != figures[8], "and go where their losses take them"
+    assert figures[6] != figures[7] != figures[8], "and diverge, as their losses differ"
     assert all(0.0 < share < 1.0 for *_, share in figures)
     assert (tmp_path / "akl_demo.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
 
 
 def test_every_loss_teaches(teacher: Any) -> None:
-    """Each student ends nearer to the teacher, by its own loss; the head and teacher stay."""
+    """Each student ends nearer to the teacher by its own loss; the lm_head and the teacher do not
+    change."""
     ids = random_ids(2)
     student = demo.shallow_copy(teacher)
     students = {name: copy.deepcopy(student) for name in demo.DIVERGENCES}

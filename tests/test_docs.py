@@ -1,4 +1,4 @@
-"""What the documentation shows runs, and gives what it says."""
+"""The code in the documentation runs, and its results are as the text says."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_public_docstrings_have_their_headings(name: str) -> None:
 
 
 def test_before_and_after_in_the_readme_agree() -> None:
-    """The first snippet is the forward KL: so is the second, with forward_kl in its place."""
+    """The first snippet computes the forward KL, and so does the second with forward_kl."""
     first, before, after, *_ = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
     assert first == after
 

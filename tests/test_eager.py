@@ -64,7 +64,7 @@ def run(
     weight: float | None = None,
     upstream: Tensor | None = None,
 ) -> tuple[RowResult, Tensor]:
-    """Forward, then backward. Outputs start as NaN, so what is not written shows."""
+    """Forward, then backward. The outputs start as NaN, which shows where nothing is written."""
     result = torch_backend.forward(student, teacher, valid, weight=weight, **options._asdict())
     grad = torch.full_like(student, torch.nan)
     upstream = torch.ones(1).expand(len(student)) if upstream is None else upstream
@@ -92,7 +92,8 @@ def head_faults_of(
 def terms_of_gradient(
     student: Tensor, teacher: Tensor, w: Tensor, temperature: float, maps: Maps = IDENTITIES
 ) -> Tensor:
-    """[N, V_s] what the gradient is a difference of, and hence what its rounding is relative to."""
+    """[N, V_s] the size of the terms whose difference is the gradient: its rounding is relative to
+    them."""
     width = student.shape[-1]
     of_student, of_teacher = maps
     student, teacher = shared_vocabulary(student, teacher)
@@ -225,7 +226,7 @@ def test_logits_of_large_magnitude(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("offset", [0, 1])
 def test_a_sample_that_misleads(offset: int) -> None:
-    """All mass on the tokens that are sampled, or on none of them: the proof must catch it."""
+    """All mass is on the tokens that are sampled, or on none of them: the proof must catch it."""
     vocabulary, stride = 8192, 8192 // eager._SAMPLE
     student, teacher = torch.randn(2, 4, vocabulary, generator=generator(9))
     teacher[0, offset::stride] += 20.0
@@ -272,7 +273,8 @@ def test_invalid_rows(pattern: list[bool]) -> None:
 
 
 def check_invalid_rows(pattern: list[bool]) -> None:
-    """They are exactly zero whatever they hold; the others are as if they were alone."""
+    """The results of invalid rows are exactly zero whatever they hold; the others are as if
+    alone."""
     valid = torch.tensor(pattern)
     student, teacher = rows_of_vocabulary(3000, seed=11)
     student, teacher = student[:6].clone(), teacher[:6].clone()
@@ -382,7 +384,8 @@ def test_mapped_logits(maps: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("v_s", "v_t"), [(1500, 1500), (1600, 1500), (1500, 1600)])
 def test_gradient_in_place(dtype: torch.dtype, v_s: int, v_t: int) -> None:
-    """The backward into the student, and the single pass into it, are the backward beside it."""
+    """The backward into the student's memory, and the single pass into it, give the same bits as
+    the backward into new memory."""
     student, teacher = rows_of_vocabulary(1600, seed=16)
     student, teacher = student[:, :v_s].to(dtype).contiguous(), teacher[:, :v_t].to(dtype)
     student[4, 9], teacher[4, 11] = -INF, -INF
@@ -431,7 +434,8 @@ def test_strided_rows_and_no_rows() -> None:
 @pytest.mark.parametrize("forbidden", [False, True])
 @pytest.mark.parametrize("default", [torch.float64, torch.bfloat16, torch.float16, "meta"], ids=str)
 def test_defaults_of_pytorch_change_nothing(default: torch.dtype | str, forbidden: bool) -> None:
-    """Also where a head is narrowed down, and where new tensors are put on another device."""
+    """This includes the search for a head, and a default that puts new tensors on another
+    device."""
     student, teacher = (x.bfloat16() for x in rows_of_vocabulary(4096, seed=24))
     if forbidden:
         student[:, ::3], teacher[:, ::5] = -INF, -INF
@@ -602,8 +606,8 @@ EXTREME_MAPS = {
 def test_finite_logits_give_finite_results(
     kind: str, dtype: torch.dtype, weight: float | None
 ) -> None:
-    """Neither 0 * inf nor inf - inf, also in the part of a weight that is 0; and near the oracle
-    wherever fp32 can hold what it says."""
+    """There is neither 0 * inf nor inf - inf, also in the part whose weight is 0; and results are
+    near the oracle's wherever fp32 can hold those."""
     student, teacher = EXTREMES[kind](dtype)
     for temperature, (name, (of_student, of_teacher)) in itertools.product(
         TEMPERATURES, EXTREME_MAPS.items()
@@ -645,7 +649,8 @@ def test_finite_logits_give_finite_results(
 @pytest.mark.parametrize("head", ["exclusive", "inclusive"])
 @pytest.mark.parametrize("size", [8, 64, 2048])
 def test_dyadic_masses_have_one_head(size: int, head: Head, ties: Ties) -> None:
-    """2^k equal logits, mu = j / 2^k: every mass is exact, and mu (1 +- 2e-6) no excuse."""
+    """With 2^k equal logits and mu = j / 2^k every mass is exact, and mu (1 +- 2e-6) is no
+    excuse."""
     teacher = torch.full((1, size + 3), -INF)
     teacher[:, 2 : size + 2] = 1.5
     student = torch.randn(1, size + 3, generator=generator(1))
@@ -676,7 +681,7 @@ def test_a_head_has_at_least_one_token(head: Head) -> None:
 
 @pytest.mark.parametrize("distance", [1e-3, 1e-4, 1e-5])
 def test_both_sums_near_convergence(distance: float) -> None:
-    """Each is of the order of distance^2: a difference of two logarithms would drown it."""
+    """Each sum is of the order of distance^2: a difference of two logarithms would drown it."""
     teacher = 0.1 * torch.randn(16, 30000, generator=generator(0))
     student = teacher + distance * torch.randn(16, 30000, generator=generator(1))
     oracle = reference_adaptive_kl(student, teacher)
@@ -705,7 +710,7 @@ def test_a_head_of_half_a_million_tokens() -> None:
 
 
 def test_plus_infinity_under_a_softcap() -> None:
-    """Its tanh is 1, but a row with +inf has no softmax."""
+    """The tanh of +inf is 1, but a row with +inf has no softmax."""
     student, teacher = torch.randn(2, 3, 50, generator=generator(0))
     student[0, 3], teacher[1, 4] = INF, INF
     capped = LogitMap(30.0)
@@ -718,7 +723,7 @@ def test_plus_infinity_under_a_softcap() -> None:
 
 @pytest.mark.parametrize("weight", [0.0, 0.5, 1.0, None])
 def test_an_infinity_that_one_of_the_sums_would_not_notice(weight: float | None) -> None:
-    """exp2 of the far side is 0 and its infinity is met by one sum alone."""
+    """exp2 of the far side is 0, so that only one of the sums meets its infinity."""
     for side in (0, 1):
         pair = list(3 * torch.randn(2, 2, 60, generator=generator(2)))
         pair[side][:, 7] = -INF
@@ -767,7 +772,7 @@ def test_the_head_is_found_in_few_rounds(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_slices_of_sequences_are_taken_in_runs(
     of: slice, inplace: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not one sequence at a time: a batch of short ones would take many times as long."""
+    """Taking one sequence at a time would take many times as long for a batch of short ones."""
     many = torch.randn(2, 200, 3, 40, generator=generator(0))
     student, teacher = many[0][:, of], many[1][:, of]
     rows = [x.reshape(-1, 40) for x in (student, teacher)]
@@ -796,7 +801,8 @@ def test_slices_of_sequences_are_taken_in_runs(
 
 
 def test_tokens_that_only_the_student_finds_far_away_are_held() -> None:
-    """A difference of logits of 1e37 where p is 0 and q is 1: over T = 1e-3, beyond fp32."""
+    """A difference of logits of 1e37 where p is 0 and q is 1 exceeds fp32 when divided by T =
+    1e-3."""
     teacher = torch.full((1, 300), -1e37)
     teacher[0, 0] = 0.0
     student = torch.full((1, 300), -1.0)

@@ -266,7 +266,8 @@ def test_without_looking(
 def test_invalid_rows(
     divergence: SumOfTerms, looking: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """They are exactly zero whatever they hold; the others are as if they were alone."""
+    """The results of invalid rows are exactly zero whatever they hold; the others are as if
+    alone."""
     if not looking:
         torch_backend.never_look(monkeypatch)
     valid = torch.tensor([True, False, True, True, False, True])
@@ -326,7 +327,7 @@ def test_one_pass_and_in_place(divergence: SumOfTerms, v_s: int, v_t: int) -> No
 
 @every_member
 def test_damped(divergence: SumOfTerms) -> None:
-    """Divided by a power of two, the gradient of a row stays below what its steepness says."""
+    """Divided by a power of two, the gradient of a row stays within the bound of its steepness."""
     student, teacher = rows_of_vocabulary(1500, seed=18)
     upstream = torch.ones(10)
     _, gradient = run(student, teacher, divergence)
@@ -338,7 +339,7 @@ def test_damped(divergence: SumOfTerms) -> None:
 
 @every_member
 def test_statistics(divergence: SumOfTerms) -> None:
-    """Those that need neither a head nor a weight."""
+    """The statistics that need neither a head nor a weight are right; the others are NaN."""
     student, teacher = rows_of_vocabulary(1500, seed=19)
     student[2:5, 7::9], teacher[3:6, 9::11] = -INF, -INF
     stats = dict(
@@ -445,7 +446,7 @@ def test_temporaries_stay_within_the_budget(
 
 
 def test_rows_that_are_held_do_not_touch_the_others() -> None:
-    """A row of a run may need care; the others have the same results to within rounding."""
+    """One row of a run may need care; the others keep their results to within rounding."""
     student, teacher = rows_of_vocabulary(1500, seed=22)
     sound, sound_gradient = run(student, teacher, AlphaBeta())
     student[3, 5], teacher[4, 6] = -INF, torch.finfo(torch.float32).min
@@ -470,7 +471,7 @@ def test_threads_change_nothing(divergence: SumOfTerms) -> None:
 
 
 def test_a_registered_function_of_an_entry(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It needs no change of the backend."""
+    """A registered function needs no change of the backend."""
     monkeypatch.setattr(divergences, "FAMILY", dict(divergences.FAMILY))
     monkeypatch.setattr(divergences, "TERMS", dict(divergences.TERMS))
     monkeypatch.setattr(eager, "TERMS", divergences.TERMS)

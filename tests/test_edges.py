@@ -1,6 +1,5 @@
-"""Batches with nothing to learn from: empty, of one token, all ignored, or with num_items of 0.
-
-The loss is 0 with a live graph, or that of the tokens that count; never NaN, never an error.
+"""Batches with nothing to learn from: empty, of one token, all ignored, or with num_items of 0. The
+loss is 0 with a live graph, or that of the valid tokens; it is never NaN, nor is there an error.
 """
 
 from __future__ import annotations
@@ -105,7 +104,7 @@ def test_num_items_of_any_kind(all_ignored, num_items, form):
 
 @pytest.mark.parametrize("form", ["logits", "in place", "linear"])
 def test_a_sequence_of_one_token_has_no_next_one(form, backend):
-    """On both backends: exactly 0, with a graph that gives exactly 0."""
+    """Both backends give exactly 0, with a graph that gives exactly 0."""
     labels = torch.zeros(2, 1, dtype=torch.long)
     loss, gradient = loss_of(form, (2, 1), labels=labels, shift=1, backend=backend)
     assert loss == 0 and not gradient.any()

@@ -1,4 +1,4 @@
-"""torch.export with every leading dimension dynamic, run at other sizes than it was traced with."""
+"""torch.export with every leading dimension dynamic, run at other sizes than those of the trace."""
 
 from __future__ import annotations
 

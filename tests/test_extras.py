@@ -1,4 +1,4 @@
-"""akl_triton.extras against what its formulas say in float64, its errors, and its examples."""
+"""akl_triton.extras compared with its formulas in float64, its errors, and its examples."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def random(
 
 
 def gradients(loss: Tensor, *inputs: Tensor, seed: int = 7) -> list[Tensor]:
-    """Under a random upstream gradient."""
+    """The gradients under a random upstream gradient."""
     upstream = random(*loss.shape, seed=seed).to(loss.dtype)
     return list(torch.autograd.grad(loss, inputs, upstream))
 
@@ -44,7 +44,7 @@ def gradients(loss: Tensor, *inputs: Tensor, seed: int = 7) -> list[Tensor]:
 def sinkhorn(
     student: Tensor, teacher: Tensor, temperature: float, epsilon: float, iterations: int
 ) -> Tensor:
-    """[N] in float64, from the plan itself and with the cost written out."""
+    """The distance [N] in float64, from the plan itself and with the cost written out."""
     q = torch.softmax(student.double() / temperature, dim=-1)
     p = torch.softmax(teacher.double() / temperature, dim=-1)
     cost = (q[:, None, :] - p[None, :, :]).abs().sum(-1)
@@ -99,7 +99,7 @@ def test_sinkd_does_not_underflow() -> None:
 
 
 def test_sinkd_of_tokens_that_count() -> None:
-    """The plan is theirs alone; the others may hold anything."""
+    """The plan depends on the valid tokens alone; the others may hold anything."""
     student, teacher = random(2, 5, 17, seed=0), random(2, 5, 17, seed=1)
     mask = torch.tensor([[1, 1, 0, 1, 1], [0, 0, 1, 1, 0]]).bool()
     student[~mask], teacher[~mask] = NAN, math.inf
@@ -139,7 +139,7 @@ def logps(*shape: int, seed: int) -> Tensor:
 
 @pytest.mark.parametrize("length_normalised", [False, True])
 def test_dpkd_is_the_oracle(length_normalised: bool) -> None:
-    """A pair at a time, with the closed-form gradient."""
+    """Each pair is computed by itself, with the closed-form gradient."""
     pairs, long, short, beta = 5, 7, 4, 0.3
     chosen, rejected = logps(pairs, long, seed=0), logps(pairs, short, seed=1)
     teacher_chosen, teacher_rejected = logps(pairs, long, seed=2), logps(pairs, short, seed=3)
@@ -374,7 +374,7 @@ def test_docstrings_have_their_headings(name: str) -> None:
     ("example", "improves"), [("sinkd", -0.5), ("dpkd", -0.1), ("policy", 0.05)]
 )
 def test_examples(example: str, improves: float) -> None:
-    """What an example prints before and after training differs by at least so much."""
+    """The figures that an example prints before and after training differ by at least so much."""
     script = ROOT / "examples" / f"{example}.py"
     result = subprocess.run(
         [sys.executable, "-W", "error", script], check=True, capture_output=True, text=True

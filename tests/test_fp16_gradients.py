@@ -1,7 +1,7 @@
 """fp16 gradients that are written before their loss scale is known: in place, and fused linear.
 
 Wherever the gradient of the same loss out of place, which knows the loss scale, is finite, these
-are finite, too, and no further from float64.
+are finite as well, and no further from float64.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ def assert_no_worse(name: str, ours: Tensor, theirs: Tensor, exact: Tensor) -> N
     if not theirs.isfinite().all():
         return
     assert ours.isfinite().all(), name
-    # Ours are rounded a second time where they end below the normal numbers of fp16, for want of a
-    # loss scale; elsewhere the second factor is a power of two.
+    # Without a loss scale, ours are rounded a second time where they end below the normal numbers
+    # of fp16; elsewhere the second factor is a power of two.
     subnormal = exact.abs().mean() < 2 * torch.finfo(FP16).tiny
     assert error(ours, exact) <= (1.08 if subnormal else 1.02) * error(theirs, exact) + 1e-5, name
 
@@ -111,7 +111,7 @@ def test_linear(name, temperature, spread, reduction, accum_dtype):
         loss = function(F.linear(*trained), teacher, **sides)
         theirs = torch.autograd.grad(loss_scale * loss.sum(), trained)
         for what, a, b, x in zip(("hidden", "weight", "bias"), ours, theirs, exact, strict=True):
-            if accum_dtype == FP16:  # rounded once a chunk, as was asked for
+            if accum_dtype == FP16:  # rounded once per chunk, as was asked for
                 assert a.isfinite().all() or not b.isfinite().all(), what
             else:
                 assert_no_worse(f"{what}, loss scale {loss_scale:g}", a, b, loss_scale * x)
@@ -120,7 +120,8 @@ def test_linear(name, temperature, spread, reduction, accum_dtype):
 @pytest.mark.parametrize("weight", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("temperature", TEMPERATURES)
 def test_the_bound_holds(temperature, weight):
-    """|ds| <= rate (2 + |loss|), also where tokens are forbidden on one side, and is not idle."""
+    """|ds| <= rate (2 + |loss|) holds, also where tokens are forbidden on one side, and is not
+    slack."""
     for seed in range(20):
         student, teacher = (random(8, 40, seed=seed + 99 * i, scale=9.0) for i in range(2))
         student[::2, :5] = -torch.inf

@@ -1,4 +1,4 @@
-"""What `import akl_triton` costs and needs, each time in a fresh process."""
+"""The cost and the needs of `import akl_triton`, each time in a fresh process."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ except ValueError as error:
     print(error)
 """
 
-# CPU time: what else the machine does must not matter.
+# The time is CPU time, as other work of the machine must not matter.
 COST = """
 import sys, time, torch
 before = set(sys.modules)
@@ -55,7 +55,7 @@ def output_of(code: str) -> str:
 
 
 def test_without_triton() -> None:
-    """As on macOS and Windows: backend="auto" computes in PyTorch."""
+    """As on macOS and Windows, backend="auto" computes in PyTorch."""
     assert output_of(WITHOUT_TRITON).endswith("got 'triton', but triton is not installed")
 
 

@@ -1,4 +1,4 @@
-"""What must hold whatever the logits are: drawn by hypothesis, on the PyTorch backend."""
+"""Properties that hold for all logits, drawn by hypothesis, on the PyTorch backend."""
 
 from __future__ import annotations
 

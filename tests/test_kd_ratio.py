@@ -1,7 +1,6 @@
-"""kd_ratio: the weighted sum with the cross-entropy of the labels, at both doors and backends.
-
-Compared with the loss that a training loop would write down, in float64 and by autograd. Every
-member, every kind of row: tests/test_family.py.
+"""kd_ratio: the weighted sum with the cross-entropy of the labels, at both doors and backends. It
+is compared with the loss that a training loop would write down, in float64 and by autograd.
+tests/test_family.py has every member and every kind of row.
 """
 
 from __future__ import annotations
@@ -31,7 +30,8 @@ LABELS[0, 3] = LABELS[1, 1] = IGNORED
 
 
 def sides(seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Hidden states and weights of student and teacher, of which the logits are about 3 wide."""
+    """Hidden states and weights of student and teacher, whose logits have a deviation of about
+    3."""
     g = torch.Generator().manual_seed(seed)
     shapes = (*SHAPE, H), (V, H), (*SHAPE, H), (V, H)
     return tuple(1.1 * torch.randn(shape, generator=g) for shape in shapes)  # type: ignore[return-value]
@@ -46,7 +46,8 @@ def written_down(
     softcap: float | None = None,
     scale_by_t2: bool = False,
 ) -> Tensor:
-    """kd_ratio KL(teacher || student) + (1 - kd_ratio) cross-entropy, the mean over the tokens."""
+    """The mean over the tokens of kd_ratio KL(teacher || student) + (1 - kd_ratio)
+    cross-entropy."""
     if softcap is not None:
         student = softcap * torch.tanh(student / softcap)
     log_q, log_p = (F.log_softmax(x / temperature, dim=-1) for x in (student, teacher))
@@ -95,7 +96,7 @@ def test_logits(setting: str, inplace: bool, backend: Backend, device: torch.dev
 
 @pytest.mark.parametrize("setting", ["half", "another temperature"])
 def test_hidden_states(setting: str, backend: Backend, device: torch.device) -> None:
-    """In chunks of which some tokens are ignored; the labels go with their rows."""
+    """Some tokens of each chunk are ignored; the labels stay with their rows."""
     tensors = [x.to(device).requires_grad_(i < 2) for i, x in enumerate(sides())]
     hidden, weight, teacher_hidden, teacher_weight = (x.double() for x in tensors)
     teacher = (teacher_hidden @ teacher_weight.T).cpu()
@@ -117,7 +118,7 @@ def test_hidden_states(setting: str, backend: Backend, device: torch.device) -> 
 def test_a_label_that_is_no_token_makes_its_row_nan_alone(
     backend: Backend, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where nobody looks, as on a GPU: rows before and after it are those of good labels."""
+    """On a path that looks at no value, as on a GPU, the other rows are as with good labels."""
     monkeypatch.setattr("akl_triton.checks.check_targets", lambda *_: None)
     student = torch.randn(4, V, generator=torch.Generator().manual_seed(1)).to(device)
     teacher = torch.randn(4, V, generator=torch.Generator().manual_seed(2)).to(device)
@@ -162,7 +163,7 @@ def test_the_cross_entropy_is_a_statistic(backend: Backend, device: torch.device
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 def test_shift_and_mask(dtype: torch.dtype) -> None:
-    """What the labels of the batch mean is that of the tokens that follow."""
+    """The cross-entropy is that of the tokens that follow."""
     student, teacher = torch.randn(2, *SHAPE, V, generator=torch.Generator().manual_seed(4))
     mask = torch.arange(10).view(SHAPE) % 3 != 0
     shifted = F.pad(LABELS.masked_fill(~mask, IGNORED), (0, 1), value=IGNORED)[:, 1:]
@@ -172,7 +173,8 @@ def test_shift_and_mask(dtype: torch.dtype) -> None:
 
 
 def test_gradients_in_fp16_survive_a_loss_scale() -> None:
-    """What is written in place, before the scale is known, neither overflows nor vanishes."""
+    """A gradient that is written in place, before the scale is known, neither overflows nor
+    vanishes."""
     g = torch.Generator().manual_seed(5)
     student, teacher = (4.0 * torch.randn(8, 2000, generator=g)).half(), torch.zeros(8, 2000).half()
     labels = torch.arange(8)
@@ -208,7 +210,7 @@ def test_without_labels_there_is_no_cross_entropy() -> None:
 
 @pytest.mark.parametrize("label", [-1, V])
 def test_labels_have_to_be_tokens_of_the_student(label: int) -> None:
-    """Those that do not count may be anything."""
+    """Labels of tokens that are not valid may be anything."""
     student, teacher = torch.zeros(2, V), torch.zeros(2, V + 10)
     labels = torch.tensor([3, label])
     with pytest.raises(ValueError, match=rf"^labels: expected -100 or tokens from 0 .*got {label}"):

@@ -1,7 +1,6 @@
-"""The fused linear losses: those of the logits that they never hold, and no more memory than said.
-
-Values and gradients against the float64 oracle through explicit logits, on both backends; what does
-not depend on the backend on the PyTorch one.
+"""The fused linear losses have the values of the logits that they never hold, and need no more
+memory than documented. Values and gradients are compared with the float64 oracle through explicit
+logits, on both backends; tests of code that does not depend on the backend run on the PyTorch one.
 """
 
 from __future__ import annotations
@@ -114,7 +113,8 @@ def random_like(x: Tensor, seed: int = 1) -> Tensor:
 def oracle(
     case: Case, upstream: Tensor, valid: Tensor | None = None, **options: Any
 ) -> tuple[Tensor, list[Tensor]]:
-    """(loss of every token [N], gradients of sum upstream * loss), float64, through the logits."""
+    """(loss of every token [N], gradients of sum upstream * loss) in float64, through the
+    logits."""
     h, w, ht, wt, b, bt = (x.detach().double().cpu() for x in case)
     h, ht = h.reshape(-1, H_S), ht.reshape(-1, H_T)
     result = reference_adaptive_kl(F.linear(h, w, b), F.linear(ht, wt, bt), **options)
@@ -143,14 +143,15 @@ def run(
 
 # ---- against the oracle
 
-# Every kernel takes long to compile: these two are all that the tests of the Triton backend need.
+# Every kernel takes long to compile; the tests of the Triton backend need only these two.
 COMPILED = [("plain", "sum"), ("every option", "sum")]
 
 
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
 @pytest.mark.parametrize("options_of", ["every option", "plain"])
 def test_the_loss_is_the_oracles(backend, device, options_of, reduction):
-    """Chunks of four tokens, unlike sizes on the two sides, biases; then all other options."""
+    """Chunks of four tokens, different sizes on the two sides, and biases; then all other
+    options."""
     if backend == "triton" and (options_of, reduction) not in COMPILED:
         pytest.skip("the PyTorch backend goes the same way to the chunks")
     plain = options_of == "plain"
@@ -220,7 +221,8 @@ def test_half_precision_is_no_worse_than_without_fusing(dtype):
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_gradients_in_fp16_survive_a_loss_scale(reduction):
-    """Those of flat rows lie below fp16's normal numbers where no loss scale is in them yet."""
+    """Gradients of flat rows lie below fp16's normal numbers before a loss scale multiplies
+    them."""
     g = torch.Generator().manual_seed(0)
     hidden, teacher_hidden = ((1e-4 * torch.randn(64, 16, generator=g)).half() for _ in range(2))
     weight, teacher_weight = (torch.randn(V_S, 16, generator=g).half() for _ in range(2))
@@ -251,7 +253,7 @@ def test_a_sum_in_fp16_has_all_the_room_of_fp16():
 
 
 def test_the_weight_of_a_half_precision_chunk_is_summed_in_accum_dtype():
-    """Five hundred equal chunks: a bf16 sum stops growing, an fp32 one does not."""
+    """Over five hundred equal chunks a bf16 sum stops growing, but an fp32 sum does not."""
     n = 512
     case = make_case(dtype=BF16, shape=(1,))
     many = case._replace(
@@ -275,7 +277,8 @@ def test_the_weight_of_a_half_precision_chunk_is_summed_in_accum_dtype():
 
 @pytest.mark.parametrize("weight_dtype", [BF16, FP32], ids=["bf16", "autocast"])
 def test_the_sum_over_half_precision_chunks_is_rounded_once(backend, device, weight_dtype):
-    """To the weight's dtype at its end: where that is fp32, a sum of bf16 gradients is exact.
+    """The sum is rounded to the weight's dtype at its end: where that is fp32, a sum of bf16
+    gradients is exact.
 
     The logits are multiples of 1/8 below 32, whatever the order of a product: what is summed is
     the gradient of `adaptive_kl`, to the bit, and 64 chunks of four tokens add no error to it."""
@@ -317,7 +320,7 @@ def test_the_sum_over_half_precision_chunks_is_rounded_once(backend, device, wei
 
 
 def test_the_bias_of_a_half_precision_chunk_is_summed_in_accum_dtype():
-    """A thousand equal tokens: a bf16 sum of their gradients stops growing."""
+    """A bf16 sum of the gradients of a thousand equal tokens would stop growing."""
     case = make_case(dtype=BF16, shape=(1,))
     n = 1000
     hidden, teacher_hidden = (x.detach().expand(n, -1) for x in (case[0], case[2]))
@@ -335,7 +338,7 @@ def test_the_bias_of_a_half_precision_chunk_is_summed_in_accum_dtype():
 
 
 def test_autocast_of_a_teacher_of_another_dtype():
-    """Both sides' products have autocast's dtype, whatever theirs is."""
+    """The products of both sides have autocast's dtype, whatever that of their factors is."""
     case = make_case()
     teacher = case.teacher_hidden.half(), case.teacher_weight.double().to(BF16)
     with torch.autocast("cpu", BF16):
@@ -348,7 +351,7 @@ def test_autocast_of_a_teacher_of_another_dtype():
 
 @pytest.mark.parametrize("place", [0, 1, 2, 3])
 def test_inference_tensors_that_backward_would_need(place):
-    """With a loss per token and a weight to train the products are made again in backward."""
+    """With a loss per token and a trained weight, backward computes the products again."""
     case = make_case()
     tensors = [x.detach() for x in case[:4]]
     with torch.inference_mode():
@@ -389,7 +392,7 @@ def test_equal_chunks_give_equal_bits(backend, device, reduction):
 
 @pytest.fixture
 def projected(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The tokens of every product that gives logits."""
+    """The number of tokens in every product that gives logits."""
     rows: list[int] = []
     project = linear_ops._project
 
@@ -402,7 +405,7 @@ def projected(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def test_ignored_tokens_are_left_out_of_the_products(projected):
-    """They may hold anything, and cost nothing."""
+    """Ignored tokens may hold anything, and cost nothing."""
     case = make_case()
     labels = some_labels()
     with torch.no_grad():
@@ -461,7 +464,7 @@ def test_frozen_parts_get_no_gradient():
 
 
 def test_weights_may_change_before_backward():
-    """As FSDP's do: the gradients are there when the forward pass ends."""
+    """Weights may change, as FSDP's do: the gradients exist when the forward pass ends."""
     case = make_case()
     expected = run(linear_adaptive_kl, case)[1]
     loss = linear_adaptive_kl(*case[:4], **case.biases)
@@ -473,7 +476,7 @@ def test_weights_may_change_before_backward():
 
 
 def test_a_loss_per_token_is_computed_again_where_a_weight_is_trained(projected):
-    """And says so where the weight has changed since; a frozen weight needs neither."""
+    """An error says so where the weight has changed since; a frozen weight needs neither."""
     case = make_case()
     loss = linear_adaptive_kl(*case[:4], **case.biases, reduction="none")
     once = len(projected)
@@ -512,7 +515,7 @@ def test_two_backward_passes_and_no_second_derivative():
 
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
 def test_memory_is_the_chunk_and_the_sum(dtype, monkeypatch):
-    """The model of the design, 2 C V bytes + 4 V H, and what is returned."""
+    """The peak is the model of the design, 2 C V bytes + 4 V H, and the returned gradients."""
     monkeypatch.setattr(eager, "TEMPORARY_BYTES", 2**19)  # one token at a time
     monkeypatch.setattr(akl_triton.rows, "BLOCK_BYTES", 2**16)
     n, v, h, chunk, besides = 192, 4096, 64, 64, 2**18
@@ -539,7 +542,8 @@ def test_memory_is_the_chunk_and_the_sum(dtype, monkeypatch):
 
 
 def test_backward_allocates_what_it_returns():
-    """No zeros for the outputs that have no upstream gradient, one of them of the sum's size."""
+    """No zeros are made for the outputs without an upstream gradient, one of which has the size of
+    the sum."""
     n, v, h = 64, 4096, 64
     hidden, weight = torch.randn(n, h), torch.randn(v, h)
     loss = linear_adaptive_kl(
@@ -593,7 +597,7 @@ def test_gradient_accumulation_is_exact():
 
 
 def test_tied_embeddings():
-    """The weight is the embedding too: both gradients arrive."""
+    """The weight is also the embedding, and both gradients arrive."""
     case = make_case()
     ids = torch.randint(V_S, SHAPE, generator=torch.Generator().manual_seed(3))
     gradients = []
@@ -610,7 +614,8 @@ def test_tied_embeddings():
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_autocast(compiled):
-    """bf16 products of fp32 parameters, an fp32 loss, and fp32 gradients never rounded to bf16."""
+    """Products of fp32 parameters are bf16; the loss is fp32, and so are the gradients, never
+    rounded to bf16."""
     case = make_case()
 
     def function(*args: Any, **options: Any) -> Tensor:
@@ -635,7 +640,7 @@ def test_autocast(compiled):
 
 @pytest.mark.parametrize("reduction", ["none", "mean"])
 def test_under_compile_and_under_checkpointing(backend, device, reduction):
-    """Around the caller: the same bits, and one graph."""
+    """torch.compile around the caller gives the same bits, and one graph."""
     if backend == "triton" and reduction == "none":
         pytest.skip("another kernel to build")
     with_stats = backend == "torch"
@@ -711,7 +716,7 @@ def test_opcheck(backend, device, per_token):
 
 
 class Student(nn.Module):
-    """A body and a head, and the loss in the forward, where FSDP2 has the whole weight."""
+    """A body and an lm_head, with the loss in the forward, where FSDP2 has the whole weight."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -765,7 +770,7 @@ def train_in_parallel(rank: int, port: int, folder: str) -> None:
 
 @pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
 def test_data_parallel(tmp_path):
-    """Two processes get the gradient of the mean over both, on either rank."""
+    """Each of two processes gets the gradient of the mean over both."""
     import socket
 
     with socket.socket() as s:

@@ -1,4 +1,4 @@
-"""The operators as torch.library sees them: schemas, fake kernels, autograd, torch.compile."""
+"""The operators from the side of torch.library: schemas, fake kernels, autograd, torch.compile."""
 
 from __future__ import annotations
 
@@ -36,9 +36,8 @@ def make_logits(device: torch.device, dtype: torch.dtype = torch.float32) -> tup
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_opcheck(backend: Backend, device: torch.device, masked: bool) -> None:
-    """The dtype only matters to what is allocated: each backend is given another.
-
-    With a mask also with labels, which leave no statistic NaN."""
+    """The dtype matters only for allocations, so that each backend is given another. A mask comes
+    with labels, which leave no statistic NaN."""
     student, teacher = make_logits(device, torch.bfloat16 if backend == "torch" else torch.float32)
     valid = torch.arange(6, device=device) != 2 if masked else None
     labels = torch.arange(6, device=device) if masked else None
@@ -67,7 +66,7 @@ def test_opcheck(backend: Backend, device: torch.device, masked: bool) -> None:
 def assert_compiled_equals_eager(
     function: Callable[[Tensor], tuple[Tensor, ...]], leaf: Tensor
 ) -> None:
-    """Every output, and the gradient of the first under a random upstream."""
+    """Compare every output, and the gradient of the first under a random upstream."""
     results = []
     for run in (function, torch.compile(function, fullgraph=True, backend="aot_eager")):
         hidden = leaf.clone().requires_grad_()
@@ -84,7 +83,7 @@ def assert_compiled_equals_eager(
 def test_compiled_with_labels(
     backend: Backend, device: torch.device, reduction: Reduction, kd_ratio: float, inplace: bool
 ) -> None:
-    """Where they are no tokens of a cross-entropy, its statistic is NaN."""
+    """Where labels are no tokens of a cross-entropy, its statistic is NaN."""
     student, teacher = make_logits(device)
     labels = torch.tensor([[0, 1, -100], [2, 3, 4]], device=device)
 
@@ -139,7 +138,7 @@ def test_every_divergence_is_an_operator_and_one_graph(divergence: Divergence) -
 
 
 def test_compiled_once_for_all_batches(backend: Backend, device: torch.device) -> None:
-    """Neither the number of sequences nor the tokens of a step make another graph."""
+    """Neither the number of sequences nor that of the tokens of a step causes another graph."""
     graphs = []
 
     def count(graph: Any, _: Any) -> Any:
@@ -171,7 +170,7 @@ def test_compiled_refuses_what_eager_refuses(backend: Backend, device: torch.dev
 def test_every_output_is_written(
     backend: Backend, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What an operator returns depends on its inputs alone, ignored rows included."""
+    """The outputs of an operator depend on its inputs alone, ignored rows included."""
     empty = torch.empty
     monkeypatch.setattr(
         torch, "empty", lambda *shape, **options: empty(*shape, **options).fill_(torch.nan)

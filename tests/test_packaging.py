@@ -1,4 +1,4 @@
-"""What is installed: kernels/ as akl_triton.kernels, from a wheel and from an sdist alike."""
+"""The installed package: kernels/ is akl_triton.kernels, from a wheel and from an sdist alike."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_sdist(distributions: Path) -> None:
 
 
 def test_import_loads_nothing_heavy_but_torch() -> None:
-    """`import akl_triton` costs what `import torch` costs, wherever the package is used."""
+    """`import akl_triton` costs no more than `import torch`, wherever the package is used."""
     script = """
 import sys, torch
 before = set(sys.modules)

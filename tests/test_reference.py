@@ -1,4 +1,5 @@
-"""The oracle itself: against hand-computed rows, numerical derivatives and every order of ties."""
+"""The oracle itself, compared with hand-computed rows, numerical derivatives and every order of
+ties."""
 
 from __future__ import annotations
 
@@ -95,7 +96,7 @@ def test_tie_rules(mu: float, head: Head, stable: list[float], average: list[flo
 
 
 def test_first_token_alone_when_all_tie() -> None:
-    """Below 1/V the exclusive head is still one token: the first, or 1/V of each."""
+    """With a mu below 1/V the exclusive head is still one token: the first, or 1/V of each."""
     student, teacher = random_logits(1, 8, seed=1), torch.zeros(1, 8)
     stable = reference_adaptive_kl(student, teacher, mu=0.05)
     average = reference_adaptive_kl(student, teacher, mu=0.05, ties="average")
@@ -130,7 +131,7 @@ def test_average_ties_ignore_the_order_of_the_vocabulary() -> None:
 
 
 class _ClosedForm(torch.autograd.Function):
-    """The oracle's loss and gradient of one row, its weight held fixed."""
+    """The oracle's loss and gradient of one row, with its weight held fixed."""
 
     @staticmethod
     def forward(
@@ -168,13 +169,14 @@ GRADIENT_CASES = {
 @pytest.mark.parametrize("case", GRADIENT_CASES)
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
 def test_closed_form_gradient(case: str, temperature: float) -> None:
-    """Against finite differences, and against autograd through the definition."""
+    """The gradient agrees with finite differences, and with autograd through the definition."""
     v_t, v_s, not_teacher, not_student = GRADIENT_CASES[case]
     teacher = forbid(random_logits(1, v_t, seed=6), not_teacher)
     weight = reference_adaptive_kl(
         forbid(random_logits(1, v_s, seed=7), not_student), teacher
     ).forward_weight.item()
-    # Finite differences need finite numbers: the forbidden tokens are put in behind them.
+    # Finite differences need finite numbers, so that the forbidden tokens are set inside of the
+    # function.
     allowed = [token for token in range(v_s) if token not in not_student]
     free = random_logits(1, v_s, seed=7)[:, allowed].requires_grad_()
 
@@ -211,7 +213,8 @@ MAPS = {  # softcap and scale of the student, of the teacher
 
 @pytest.mark.parametrize("maps", MAPS)
 def test_closed_form_gradient_of_mapped_logits(maps: str) -> None:
-    """The chain's factor, against finite differences; and the maps, against their definition."""
+    """The factor of the chain rule agrees with finite differences, and the maps with their
+    definition."""
     names = ("student_softcap", "teacher_softcap", "student_logit_scale", "teacher_logit_scale")
     options: dict[str, Any] = dict(zip(names, MAPS[maps], strict=True)) | {"temperature": 1.5}
     student, teacher = random_logits(1, 7, seed=20), forbid(random_logits(1, 7, seed=21), [2])
@@ -247,7 +250,7 @@ def test_closed_form_gradient_of_mapped_logits(maps: str) -> None:
 
 
 def test_a_saturated_softcap_keeps_the_order() -> None:
-    """Logits that the softcap makes equal to the last bit are still ordered as they came."""
+    """Logits that the softcap makes equal to the last bit are still ordered by their inputs."""
     teacher = torch.tensor([[400.0, 600.0, 500.0]], dtype=torch.float64)
     result = reference_adaptive_kl(torch.zeros(1, 3), teacher, mu=0.7, teacher_softcap=1.0)
     assert result.head.tolist() == [[False, True, True]]
@@ -255,7 +258,7 @@ def test_a_saturated_softcap_keeps_the_order() -> None:
 
 
 def test_forbidden_tokens_by_hand() -> None:
-    """They leave both KL sums, but stay in the softmax and in the gap."""
+    """Forbidden tokens leave both KL sums, but stay in the softmax and in the gap."""
     teacher = torch.tensor([[math.log(0.7), math.log(0.3), -INF]], dtype=torch.float64)
     student = torch.tensor([[math.log(0.2), -INF, math.log(0.8)]], dtype=torch.float64)
     result = reference_adaptive_kl(student, teacher)
@@ -318,7 +321,7 @@ def test_fixed_weight_is_the_plain_divergence() -> None:
 def test_authors_computation_agrees(mu: float) -> None:
     teacher = forbid(random_logits(12, 300, seed=15), [7]).float()
     student = forbid(random_logits(12, 300, seed=16), [7, 9]).float()
-    # Their sums skip what is infinite, but autograd would turn the skipped 0 * inf into NaN.
+    # Their sums skip infinite entries, but autograd would turn the skipped 0 * inf into NaN.
     finite_student, finite_teacher = student[:, 10:].clone().requires_grad_(), teacher[:, 10:]
     loss = authors_adaptive_kl(finite_student, finite_teacher, mu=mu)
     (grad,) = torch.autograd.grad(loss, finite_student)

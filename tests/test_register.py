@@ -64,7 +64,7 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.mark.parametrize("inplace", [False, True])
 def test_a_member_from_outside(hellinger: Any, backend: str, inplace: bool) -> None:
-    """By object and by name, through both doors, with gradients."""
+    """A registered divergence works by object and by name, through both doors, with gradients."""
     student, teacher = rows_of_every_kind()
 
     def evaluate(divergence: Any, scale: float) -> tuple[Tensor, Tensor]:
@@ -129,7 +129,7 @@ def test_what_register_refuses(hellinger: Any) -> None:
 
 
 def test_the_steps_of_contributing_are_all_there_are() -> None:
-    """Each member stands in the files that CONTRIBUTING names, and in no others but for generated
+    """Each member is in the files that CONTRIBUTING names, and in no others except for generated
     tables, its own tests and a short name."""
     text = (ROOT / "CONTRIBUTING.md").read_text("utf-8")
     _, steps = text.split("## Add a divergence", 1)

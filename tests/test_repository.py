@@ -57,7 +57,7 @@ def test_the_oldest_session_has_the_oldest_versions(name: str) -> None:
 
 
 def test_no_test_file_imports_another() -> None:
-    """What two of them need stands in tests/support."""
+    """Helpers that two test files need are in tests/support."""
     imported = re.compile(r"^\s*(?:from|import) tests\.(?:\w+\.)*test_\w+", flags=re.MULTILINE)
     files = [*(ROOT / "tests").rglob("*.py"), *(ROOT / "bench").rglob("*.py")]
     assert [str(x) for x in files if imported.search(x.read_text("utf-8"))] == []

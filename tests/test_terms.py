@@ -1,4 +1,4 @@
-"""The terms of the family in PyTorch: their formulas in float64, what fp32 makes of them near p = q
+"""The terms of the family in PyTorch: their formulas in float64, their rounding in fp32 near p = q
 and at a forbidden token, and the bound of their gradients."""
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ every_member = pytest.mark.parametrize(("name", "numbers"), MEMBERS, ids=str)
 
 
 def members_of_degree(least: float) -> Any:
-    """Without the alpha-beta divergences of a degree a + b below that."""
+    """The members, without the alpha-beta divergences of a degree a + b below that."""
     some = [
         (name, numbers) for name, numbers in MEMBERS if name != "alpha_beta" or sum(numbers) > least
     ]
@@ -72,7 +72,7 @@ def entries(student: Tensor, teacher: Tensor) -> tuple[Tensor, ...]:
 
 
 def held(student: Tensor, teacher: Tensor) -> tuple[Tensor, ...]:
-    """The same where logits may be -inf, as the docstring of the module has it; fp32."""
+    """The same in fp32 for logits that may be -inf, by the rule in the docstring of the module."""
     p, q, log_p, log_q, u = (x.float() for x in entries(student, teacher))
     u = u.nan_to_num(nan=0.0, posinf=LARGEST_U, neginf=-LARGEST_U)
     return p, q, log_p.clamp(min=-LARGEST_LOG), log_q.clamp(min=-LARGEST_LOG), u
@@ -85,7 +85,8 @@ def test_every_function_has_the_name_of_its_key() -> None:
 
 @every_member
 def test_the_formulas(name: str, numbers: Numbers) -> None:
-    """They are the oracle's when computed in its precision, up to c (p - q) in a term."""
+    """The terms are those of the oracle when computed in its precision, up to c (p - q) in a
+    term."""
     student, teacher = random_logits(6, 40, seed=0), random_logits(6, 40, seed=1)
     given = entries(student, teacher)
     copies = [x.clone() for x in given]
@@ -149,7 +150,7 @@ def limits(name: str, numbers: Numbers) -> tuple[bool, bool]:
 @every_member
 @pytest.mark.parametrize("side", ["student", "teacher", "both"])
 def test_a_forbidden_token(name: str, numbers: Numbers, side: str) -> None:
-    """It has the limit of the oracle where that is finite, and no NaN where it is not."""
+    """A term has the limit of the oracle where that is finite, and is not NaN where it is not."""
     student, teacher = random_logits(4, 20, seed=4), random_logits(4, 20, seed=5)
     for x, which in ((student, "student"), (teacher, "teacher")):
         if side in (which, "both"):
@@ -167,7 +168,7 @@ def test_a_forbidden_token(name: str, numbers: Numbers, side: str) -> None:
 
 @every_member
 def test_finite_entries_give_finite_terms(name: str, numbers: Numbers) -> None:
-    """However far apart the sides are, up to what is held."""
+    """The bound holds however far apart the sides are, up to where logarithms are held."""
     nats = torch.tensor([0.0, 1.0, 30.0, 80.0, 88.0, 104.0, 200.0, 1e4, 1e20, LARGEST_LOG])
     log_p, log_q = (-x.flatten()[None] for x in torch.meshgrid(nats, nats, indexing="ij"))
     for factor in (1.0, LARGEST_U / LARGEST_LOG):
@@ -178,7 +179,8 @@ def test_finite_entries_give_finite_terms(name: str, numbers: Numbers) -> None:
 
 def rows_far_and_near(vocabulary: int, seed: int) -> tuple[Tensor, Tensor]:
     """Float64 (student, teacher) [1024, vocabulary] of every spread and every distance, in four
-    kinds: noise, strangers, a heavy token that moves alone, and a tail that moves as one."""
+    kinds: noise, independent sides, a heavy token that moves alone, and a tail that moves as
+    one."""
     generator = torch.Generator().manual_seed(seed)
 
     def powers(low: float, high: float) -> Tensor:
@@ -221,7 +223,7 @@ def test_steepness_bounds_the_gradient(
 
 
 def test_steepness_is_reached() -> None:
-    """A large exponent has a gradient that many times its loss."""
+    """The gradient of a large exponent is that many times its loss."""
     exact = oracle(*rows_far_and_near(3, 0), "alpha", (5.0,))
     of_loss = exact.grad.abs().amax(-1) / (2.0 + exact.loss)
     assert steepness("alpha", (5.0,)) == 4.0

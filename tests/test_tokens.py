@@ -1,4 +1,4 @@
-"""Which tokens count, and what they weigh: labels, mask, token_weights and shift, at both doors."""
+"""The valid tokens and their weights: labels, mask, token_weights and shift, at both doors."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ IGNORED = -100
 
 
 def of_tokens(seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """(labels, mask, token_weights), each with something in every combination of the others."""
+    """(labels, mask, token_weights), in which every combination of the three occurs."""
     labels = (
         torch.arange(10).view(SHAPE).masked_fill(torch.arange(10).view(SHAPE) % 4 == 1, IGNORED)
     )
@@ -28,7 +28,7 @@ def of_tokens(seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def evaluate(door: str, dtype: torch.dtype, **options: Any) -> tuple[Tensor, list[Tensor]]:
-    """The loss, and the gradients of a random upstream by what can be trained."""
+    """The loss, and the gradients of all that is trained under a random upstream."""
     g = generator(1)
     if door == "logits":
         student = torch.randn(*SHAPE, V, generator=g).to(dtype).requires_grad_()
@@ -75,7 +75,7 @@ def test_a_mask_is_labels_that_are_ignored(door: str, shift: int) -> None:
 def test_weights_multiply_the_loss_of_a_token(
     door: str, shift: int, reduction: str, num_items: float | None, dtype: torch.dtype
 ) -> None:
-    """As if the losses of the tokens were multiplied by hand, and then reduced."""
+    """The weights act as if the losses of the tokens were multiplied by hand, and then reduced."""
     labels, mask, weights = of_tokens()
     inplace = {"inplace": True} if door == "in place" else {}
     door = "logits" if inplace else door

@@ -1,4 +1,5 @@
-"""torch.func and forward mode: the right value, or an error of our own that names the argument."""
+"""torch.func and forward mode give the right value, or an error of our own that names the
+argument."""
 
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ HIDDEN, TEACHER_HIDDEN = (torch.randn(2, 3, H, generator=g) for _ in range(2))
 WEIGHT, TEACHER_WEIGHT = (torch.randn(V, H, generator=g) for _ in range(2))
 LABELS = torch.tensor([[0, -100, 1], [2, 3, -100]])
 
-# What is differentiated, as a function of it.
+# Losses as functions of the argument that is differentiated.
 OF: dict[str, tuple[Callable[[Tensor], Tensor], Tensor]] = {
     "student_logits": (lambda x: adaptive_kl(x, TEACHER), LOGITS),
     "teacher_logits": (lambda x: adaptive_kl(LOGITS, x), TEACHER),
@@ -81,7 +82,7 @@ def test_refused_by_name(argument, transform):
 @pytest.mark.parametrize("transform", ["jvp", "grad", "vjp", "vmap of grad"])
 @pytest.mark.parametrize("argument", ["student_logits", "student_hidden"])
 def test_refused_by_name_under_compile(argument, transform):
-    """Compiled, jvp gave a tangent of 0, and grad an error of PyTorch's."""
+    """Under torch.compile, jvp gave a tangent of 0, and grad an error of PyTorch's."""
     function, x = OF[argument]
     compiled = torch.compile(partial(TRANSFORMS[transform], function), backend="eager")
     with pytest.raises(RuntimeError, match=rf"^akl_triton: {argument}: expected .* (tangent|grad)"):
@@ -104,7 +105,7 @@ def test_vmap_under_compile():
 
 
 def test_constants_within_a_transform_are_no_business_of_it():
-    """Only what is differentiated matters: a loss that is logged under jvp or grad is."""
+    """A loss may be logged under jvp or grad, as long as it is not differentiated."""
     expected = adaptive_kl(LOGITS, TEACHER)
 
     def logs(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -119,7 +120,7 @@ def test_constants_within_a_transform_are_no_business_of_it():
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_vmap_is_a_loop(reduction):
-    """With a batch dimension of any argument, and reverse mode through it."""
+    """vmap works over a batch dimension of any argument, and so does reverse mode through it."""
     many = torch.randn(4, 2, 3, V, generator=torch.Generator().manual_seed(1)).requires_grad_()
     labels = torch.stack([LABELS, LABELS.flip(0), LABELS.flip(1), LABELS])
 

@@ -49,7 +49,8 @@ def test_the_terms_of_each_entry_are_stricter_than_the_largest() -> None:
 
 
 def test_a_gradient_that_is_truncated() -> None:
-    """It may be a unit in the last place off, unless it has to be rounded as that of fp32 is."""
+    """A truncated gradient may be a unit in the last place off, unless it has to be rounded as that
+    of fp32."""
     of = exact(ForwardKL(), STUDENT, TEACHER)
     rounded = of.fp32.grad.bfloat16()
     truncated = (of.fp32.grad.view(torch.int32) & -(2**16)).view(torch.float32).bfloat16()

@@ -45,7 +45,7 @@ def test_the_same_bits_for_any_number_of_threads(shape: tuple[int, int], inplace
 
 
 def test_no_operator_of_a_row_is_split_over_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each is run where PyTorch may take one thread: there is no barrier to wait at."""
+    """Each item runs where PyTorch may take one thread, so that there is no barrier to wait at."""
     seen: set[tuple[bool, int]] = set()
     share_out = workers.share_out
 
@@ -94,7 +94,7 @@ def test_an_error_is_the_callers() -> None:
     with pytest.raises(KeyError, match="three"):
         workers.share_out(work, range(10**4), [None, None])
     assert len(done) < 10**4
-    workers.share_out(work, range(3), [None, None])  # and the threads are still there
+    workers.share_out(work, range(3), [None, None])  # the threads are still there
 
 
 def test_from_several_threads_at_once() -> None:

@@ -1,4 +1,4 @@
-"""`python -m bench`: one grammar for all questions."""
+"""`python -m bench` has one grammar for all questions."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[dict[str, Any]]:
-    """The options that a question has been asked with; whatever is stored is stored elsewhere."""
+    """The options with which a question has been asked; answers are stored in another folder."""
     calls: list[dict[str, Any]] = []
 
     def collect(

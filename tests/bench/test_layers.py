@@ -1,4 +1,4 @@
-"""Who may import whom in bench/."""
+"""The layers of bench/, and what each may import."""
 
 from __future__ import annotations
 

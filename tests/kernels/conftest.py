@@ -1,4 +1,4 @@
-"""One source, three ways to run the kernels, the best that the machine has:
+"""The kernels run in one of three modes, the best that the machine has:
 
 gpu           a real GPU
 ptx           the compiled PTX, executed on the CPU by bench.lab.ptxcpu
@@ -26,7 +26,7 @@ def mode() -> str:
 
 @pytest.fixture(autouse=True)
 def device() -> Iterator[torch.device]:
-    """Where the kernels of a test run."""
+    """The device of the kernels of a test."""
     if MODE == "ptx":
         with ptxcpu.active(arch=90):
             yield torch.device("cpu")

@@ -58,7 +58,7 @@ def make_rows(
 
 
 class Output(NamedTuple):
-    """What the kernels wrote."""
+    """The tensors that the kernels wrote."""
 
     loss: Tensor  # [N]
     stats: Tensor  # [N, statistics], without that of labels, of which there are none
@@ -82,7 +82,7 @@ def run(
 ) -> Output:
     """Forward and backward of [N, V] logits through the launchers, into outputs full of NaN.
 
-    Without `statistics` only the sums that the loss needs are made."""
+    Without `statistics` only the sums that the loss needs are computed."""
     n, device = student.shape[0], student.device
     if upstream is None:
         upstream = torch.ones(1, device=device).expand(n)
@@ -136,7 +136,7 @@ def assert_right(
     weight: float | None = None,
     **maps: Any,
 ) -> None:
-    """Loss, statistics and gradient against the oracle, by the rules of akl_triton.verify."""
+    """Compare loss, statistics and gradient with the oracle, by the rules of akl_triton.verify."""
     loss, stats, gradient = (x.cpu() for x in output)
     student, teacher = student.cpu(), teacher.cpu()
     claims = dict(zip(STATISTICS[:-1], stats.unbind(1), strict=True))

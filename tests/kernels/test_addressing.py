@@ -1,4 +1,4 @@
-"""Rows that stand anywhere: far apart, off 16-byte boundaries, in slices, on top of each other."""
+"""Rows at any address: far apart, off 16-byte boundaries, in slices, on top of each other."""
 
 from __future__ import annotations
 
@@ -64,7 +64,8 @@ def test_offsets_beyond_int32(device: torch.device, mode: str) -> None:
 
 @pytest.mark.parametrize("offset_s, offset_t", [(0, 0), (3, 3), (5, 2), (0, 1)])
 def test_unaligned_rows(offset_s: int, offset_t: int, device: torch.device) -> None:
-    """Views that start anywhere in a wider tensor: together, apart, one of them aligned."""
+    """Views that start anywhere in a wider tensor, at equal and at different places, or one of them
+    aligned."""
     v = 5000
     student, teacher = make_rows(v, v, torch.bfloat16, torch.float32, seed=1)
 

@@ -1,4 +1,4 @@
-"""AKL_AUTOTUNE=1: what is tried until a launch is chosen leaves no trace in the results."""
+"""AKL_AUTOTUNE=1: the launches that are tried until one is chosen leave no trace in the results."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from tests.kernels.conftest import INTERPRETER
 pytestmark = pytest.mark.skipif(INTERPRETER, reason="the interpreter tunes nothing")
 
 V = 700
-# Few, as every one of them is compiled; with blocks of either width a row has full ones.
+# The candidates are few, as every one of them is compiled; with either width a row has full blocks.
 TRIED = (Launch(128, 1), Launch(128, 2), Launch(256, 2))
-# name: (in place, which are tried for the forward, for the backward)
+# name: (in place, the candidates of the forward, those of the backward)
 CHOICES = {
     "timed": (True, slice(0, 2), slice(0, 1)),
     "wider in the backward": (False, slice(0, 1), slice(2, 3)),
     "wider in the forward": (False, slice(2, 3), slice(0, 1)),
 }
 
-# Triton caches what it timed in the kernel: a process of its own.
+# Triton caches its timings in the kernel, so that this needs a process of its own.
 SCRIPT = """
 import contextlib
 import torch
@@ -68,7 +68,8 @@ with contextlib.nullcontext() if on_gpu else ptxcpu.active(arch=90):
 
 @pytest.fixture(scope="module")
 def logits() -> tuple[Tensor, Tensor]:
-    """(student, teacher): -inf in the first block of either width, of the wider alone, nowhere."""
+    """(student, teacher) with -inf in the first block of either width, in that of the wider alone,
+    or nowhere."""
     generator = torch.Generator().manual_seed(0)
     student, teacher = 3 * torch.randn(2, 3, V, generator=generator)
     student[0, 5] = teacher[0, 20] = -torch.inf
@@ -90,7 +91,7 @@ def outcomes(logits: tuple[Tensor, Tensor], tmp_path_factory: pytest.TempPathFac
 
 
 def assert_right(outcome: Any, logits: tuple[Tensor, Tensor], device: torch.device) -> None:
-    """The results are those of the table."""
+    """Compare the results with those of the table's launches."""
     assert not isinstance(outcome, str), outcome
     student, teacher = (x.to(device) for x in logits)
     student.requires_grad_()
@@ -103,7 +104,7 @@ def assert_right(outcome: Any, logits: tuple[Tensor, Tensor], device: torch.devi
 def test_logits_survive_the_timing(
     outcomes: Any, logits: tuple[Tensor, Tensor], device: torch.device
 ) -> None:
-    """In place, every candidate that is timed overwrites them."""
+    """Every candidate that is timed in place overwrites the logits."""
     assert_right(outcomes["timed"], logits, device)
     assert outcomes["timed"][2] == [1, 0]  # with one candidate there is nothing to time
 
@@ -112,7 +113,7 @@ def test_logits_survive_the_timing(
 def test_blocks_of_forward_and_backward_may_differ(
     wider: str, outcomes: Any, logits: tuple[Tensor, Tensor], device: torch.device
 ) -> None:
-    """Each is tuned by itself."""
+    """Forward and backward are tuned independently."""
     assert_right(outcomes[f"wider in the {wider}"], logits, device)
 
 

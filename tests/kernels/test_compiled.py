@@ -1,8 +1,9 @@
-"""What the compiler made of the kernels, which no interpreter shows.
+"""The code that the compiler made of the kernels, which no interpreter shows.
 
-A loop variable read after its loop once let LLVM delete all that followed, and the kernel still
-compiled. So every kernel is compiled for every target, and its loops, loads, stores and exps must
-be there; and random orders of the warps must not change a bit, which a missing barrier would.
+A loop variable that was read after its loop once let LLVM delete all the code that followed, and
+the kernel still compiled. So every kernel is compiled for every target, and its loops, loads,
+stores and exps must be there; and random orders of the warps must not change a bit, which a missing
+barrier would.
 """
 
 from __future__ import annotations
@@ -91,7 +92,7 @@ def test_loops_loads_stores_and_exps_are_there(target: str, weight: float | None
             assert any(sum(loop.body.global_loads.values()) for loop in loops), (name, stage)
             assert any(loop.body.special.get("ex2", 0) for loop in loops), (name, stage)
         if "row_gradient" in stages[name]:
-            for loop in by_stage["row_gradient"]:  # the one without exps looks for a maximum
+            for loop in by_stage["row_gradient"]:  # the one without exps searches for a maximum
                 if loop.body.special.get("ex2", 0):
                     assert sum(loop.body.global_stores.values()), name
         assert sum(code.whole.global_stores.values()) > 0
@@ -121,7 +122,8 @@ def test_full_blocks_move_16_bytes_without_barriers(target: str, v: int) -> None
 
 
 def test_one_compilation_serves_all_sizes() -> None:
-    """N, V, mu and T are run-time values: only the alignment class of the rows recompiles."""
+    """N, V, mu and T are run-time values: only the alignment class of the rows causes a
+    compilation."""
     with record_launches("sm_90") as recorded:
         for n, v, mu, temperature in (
             (1, 32_000, 0.5, 1.0),
@@ -166,7 +168,7 @@ def test_no_race_between_warps(dtype: torch.dtype) -> None:
 def test_the_entry_of_a_label_is_read_before_and_written_after_the_others(
     temperature: float,
 ) -> None:
-    """In place, where another warp may be ahead: it lies in a full block, or in the first."""
+    """In place, another warp may be ahead; the label is in a full block, or in the first."""
     student, teacher = make_rows(5003, 5003, torch.bfloat16, torch.bfloat16)
     labels = torch.linspace(0, 5002, len(student)).long()
     results = []
@@ -207,7 +209,7 @@ def test_other_architectures_compute_the_same(arch: int) -> None:
 def sweeps_for_the_head(
     counters: Any, student: Tensor, teacher: Tensor, *, mu: float, temperature: float
 ) -> float:
-    """How often the search for the head of a row reads its teacher logits [V]."""
+    """The number of times that the search for the head of a row reads its teacher logits [V]."""
 
     def bytes_read(weight: float | None) -> int:
         counters.reset()
@@ -218,7 +220,7 @@ def sweeps_for_the_head(
             None,
             torch.empty(1),
             torch.empty(1, STATE_WIDTH),
-            torch.empty(1, len(STATISTICS)),  # which a fixed weight sweeps the row for, too
+            torch.empty(1, len(STATISTICS)),  # for which a fixed weight sweeps the row as well
             mu=mu,
             temperature=temperature,
             inclusive=False,
@@ -232,7 +234,8 @@ def sweeps_for_the_head(
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_sweeps_for_the_head_are_few(dtype: torch.dtype) -> None:
-    """No kind of row makes the search crawl; the sweeps are what a head costs in bytes read."""
+    """No kind of row makes the search crawl; its sweeps are counted by the bytes that a head
+    adds."""
     v, bound = 8000, 16
     student, teacher = make_rows(v, v, dtype, dtype, seed=1)
 
@@ -246,7 +249,7 @@ def test_sweeps_for_the_head_are_few(dtype: torch.dtype) -> None:
 
 @needs_compiler
 def test_the_search_bisects_where_interpolation_does_not_help() -> None:
-    """Nearly all of the mass sits at the lower end of every bracket, while a straight line points
+    """Nearly all of the mass is at the lower end of every bracket, while a straight line points
     to the upper end, from which light tokens lead down in ever smaller steps."""
     v, light = 8000, 150
     cluster = math.log(0.7 / (0.3 * (v - 1 - light)))  # 0.7 of the mass, in equal tokens

@@ -1,4 +1,5 @@
-"""Heads of dyadic rows: their masses are powers of two, exact in fp32, and so is the head."""
+"""The heads of dyadic rows, whose masses are powers of two: these are exact in fp32, and so is the
+head."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ from tests.kernels.rows import run
 @pytest.mark.parametrize("ties", ["stable", "average"])
 @pytest.mark.parametrize("head", ["exclusive", "inclusive"])
 def test_head_at_exactly_mu(head: Head, ties: Ties, device: torch.device) -> None:
-    """A prefix of mass mu is in the head, and reaches it. T = log2(e): logits are powers of 2."""
+    """A prefix whose mass is mu is the head by either rule. At T = log2(e) the exponentials of
+    integer logits are powers of 2."""
     teacher = torch.zeros(2, 64)  # 64 of mass 1/64
     teacher[1, [3, 20]] = 4.0  # two of mass 1/4, 32 of mass 1/64
     teacher[1, 34:] = -torch.inf

@@ -13,10 +13,10 @@ from akl_triton.reference import reference_adaptive_kl
 from tests.kernels.conftest import INTERPRETER
 from tests.kernels.rows import run
 
-# The interpreter takes a second for 8 rows: it gets fewer of the cases.
+# The interpreter takes a second for 8 rows, so that it gets fewer of the cases.
 V = 200 if INTERPRETER else 4200  # the longer one has a full block
 TEMPERATURE = (1.0, 1e-30) if INTERPRETER else (1e30, 1.0, 0.05, 1e-30)
-# Powers of two and equal logits: exact without an FMA, which the interpreter does not have.
+# Powers of two and equal logits are exact without an FMA, which the interpreter does not have.
 EXACT = ("equal, largest", "equal, lowest", "one, lowest", "end alone, lowest", "subnormal")
 
 
@@ -61,7 +61,8 @@ def extreme_rows(dtype: torch.dtype) -> tuple[list[str], Tensor, Tensor]:
 def test_results_are_finite(
     dtype: torch.dtype, weight: float | None, in_one_launch: bool, device: torch.device
 ) -> None:
-    """Loss and statistics of every row; and the gradient, but where fp16 has no such number."""
+    """Loss and statistics of every row are finite, and so is the gradient unless fp16 has no such
+    number."""
     names, student, teacher = extreme_rows(dtype)
     student, teacher = student.to(device), teacher.to(device)
     for temperature in TEMPERATURE:
@@ -88,7 +89,7 @@ def test_masked_and_equal_rows_are_those_of_the_oracle(
         options: dict[str, Any] = {"weight": weight, "temperature": temperature}
         output = run(student.to(device), teacher.to(device), **options)
         exact = reference_adaptive_kl(student, teacher, **options)
-        # Where a logarithm is as large as any number, the result is held.
+        # Where a logarithm is as large as fp32 allows, the result is held.
         known = exact.loss.abs() < 1e30
         loss, gradient = output.loss.cpu().double(), output.gradient.cpu().double()
         torch.testing.assert_close(loss[known], exact.loss[known], rtol=3e-6, atol=3e-6)

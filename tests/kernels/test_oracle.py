@@ -1,4 +1,4 @@
-"""The compiled kernels against the float64 oracle, loss, statistics, head and gradient."""
+"""Loss, statistics, head and gradient of the kernels, compared with the float64 oracle."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def name_of(value: object) -> str:
 
 @pytest.fixture
 def small(mode: str) -> bool:
-    """The interpreter takes a second for 0.4 M logits: it gets fewer rows of the long ones."""
+    """Fewer rows for the interpreter if they are long: it takes a second for 0.4 M logits."""
     return mode == "interpreter"
 
 
@@ -35,7 +35,7 @@ def small(mode: str) -> bool:
 def test_vocabularies(
     v: int, dtypes: tuple[torch.dtype, torch.dtype], device: torch.device, small: bool
 ) -> None:
-    """Every size, every kind of row; mu and T in pairs that meet each value of both."""
+    """Every size and every kind of row, with mu and T in pairs that contain each value of both."""
     student, teacher = (x.to(device) for x in make_rows(v, v, *dtypes))
     if small and v > 1024:
         rows = [KINDS.index(kind) for kind in ("zipf", "ties")]
@@ -90,7 +90,8 @@ MAPS: dict[str, dict[str, float]] = {
 }
 
 
-# Kernels with a softcap take half a minute to compile: the interpreter tries the other dtypes.
+# Kernels with a softcap take half a minute to compile, so that only the interpreter tries the other
+# dtypes.
 COMPILED_MAPS = ("Gemma", "saturated", "scales")
 
 
@@ -99,7 +100,8 @@ COMPILED_MAPS = ("Gemma", "saturated", "scales")
 def test_softcap_and_scale(
     maps: str, dtype: torch.dtype, device: torch.device, small: bool
 ) -> None:
-    """Ordered by what is passed, also where the softcap makes it equal; infinities stay."""
+    """The head is ordered by the logits that are passed, also where the softcap makes them equal;
+    infinities stay."""
     if not small and (dtype != BF16 or maps not in COMPILED_MAPS):
         pytest.skip("interpreted only")
     if small and (maps, dtype) == ("saturated", FP32):
@@ -127,7 +129,8 @@ def test_two_vocabularies(v_s: int, v_t: int, device: torch.device, small: bool)
 
 @pytest.mark.parametrize("dtype", [BF16, FP32], ids=name_of)
 def test_minus_infinity(dtype: torch.dtype, device: torch.device) -> None:
-    """-inf on one side, the other, both; in full blocks, in edge blocks, in whole stretches."""
+    """-inf on one side, the other, or both; in full blocks, in edge blocks, and in whole
+    stretches."""
     v = 5003
     student, teacher = (x.to(device) for x in make_rows(v, v, dtype, dtype, seed=6))
     lowest = torch.finfo(dtype).min
@@ -141,7 +144,7 @@ def test_minus_infinity(dtype: torch.dtype, device: torch.device) -> None:
 
 
 def test_heavy_tokens_behind_a_slot_maximum(device: torch.device) -> None:
-    """Columns a block apart share a slot, and of two only the heavier is its maximum."""
+    """Columns a block apart share a slot, whose maximum is only the heavier of two."""
     v, block = 5003, launch_for(5003).BLOCK
     student, teacher = (x.to(device) for x in make_rows(v, v, BF16, BF16, seed=11))
     student, teacher = student[:4], torch.zeros_like(teacher[:4])
@@ -159,7 +162,7 @@ def test_heavy_tokens_behind_a_slot_maximum(device: torch.device) -> None:
 def test_ties_of_large_fp32_logits(
     temperature: float, logit: float, device: torch.device, small: bool
 ) -> None:
-    """Of equal logits that share a slot, the second is as heavy as the maximum that hides it."""
+    """When equal logits share a slot, the second is as heavy as the maximum that hides it."""
     if small:
         pytest.skip("the interpreter has no FMA: large arguments are for compiled kernels")
     v, block = 5003, launch_for(5003).BLOCK
@@ -175,7 +178,8 @@ def test_ties_of_large_fp32_logits(
 
 @pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=name_of)
 def test_head_of_all_the_mass(dtype: torch.dtype, device: torch.device) -> None:
-    """The largest mu there is, next to 1 and equal to it in fp32; and so flat that fp16 ends."""
+    """A mu next to 1, which in fp32 is equal to it; also in rows so flat that fp16 cannot hold
+    their probabilities."""
     student, teacher = (x.to(device) for x in make_rows(3000, 3000, dtype, dtype, seed=13))
     student, teacher = student[:4], teacher[:4]
     for temperature in (1.0, 3000.0):
@@ -185,7 +189,7 @@ def test_head_of_all_the_mass(dtype: torch.dtype, device: torch.device) -> None:
 
 @pytest.mark.parametrize("v", [3000, 151936])
 def test_distributions_that_hardly_differ(v: int, device: torch.device, small: bool) -> None:
-    """The rounding of both normalisers is no part of the loss, 5e-7 here."""
+    """The rounding of both normalisers, 5e-7 here, does not enter the loss."""
     if small and v > 3000:
         pytest.skip("too long to interpret")
     g = torch.Generator().manual_seed(14)
@@ -248,7 +252,7 @@ def test_the_same_run_twice_is_bitwise_equal(device: torch.device) -> None:
 def test_forbidden_tokens_are_noticed_by_either_sum(
     side: str, weight: float, device: torch.device
 ) -> None:
-    """A -inf in a full block, where only one of the KL sums is made."""
+    """A -inf in a full block, in a kernel that has only one of the KL sums."""
     v = 5000
     student, teacher = torch.randn(2, 1, v, generator=torch.Generator().manual_seed(0))
     (student if side == "student" else teacher)[0, 2500] = -torch.inf

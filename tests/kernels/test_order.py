@@ -1,4 +1,5 @@
-"""Stages sweep a row in the order of `bench l2`: each starts where the one before it ended."""
+"""Stages sweep a row in the order of `python -m bench l2`: each starts where the one before it
+ended."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ pytestmark = pytest.mark.skipif(not INTERPRETER, reason="only there is the order
 
 @pytest.mark.parametrize("cut", [5, 4 * BLOCK, BLOCKS * BLOCK - 5])
 def test_order_of_full_blocks(monkeypatch: pytest.MonkeyPatch, cut: int) -> None:
-    """The order in which statistics, the search for the cut, divergence and gradient read them."""
+    """The order in which statistics, the search for the cut, divergence and gradient read the
+    blocks."""
     teacher = torch.zeros(1, BLOCK * BLOCKS, dtype=torch.bfloat16)
     teacher[0, [cut, -1]] = 12.0  # only the first of the two is in the head
     student = torch.zeros_like(teacher)
@@ -25,7 +27,7 @@ def test_order_of_full_blocks(monkeypatch: pytest.MonkeyPatch, cut: int) -> None
 
     def seen(pointers, *arguments):
         offset = int(pointers.data.min()) - teacher.data_ptr()
-        by_the_word = pointers.data.size == BLOCK // 2  # as full blocks are, and no others
+        by_the_word = pointers.data.size == BLOCK // 2  # only in full blocks
         if by_the_word and 0 <= offset < 2 * teacher.numel():
             blocks.append(offset // (2 * BLOCK))
         return load(pointers, *arguments)

@@ -1,4 +1,4 @@
-"""Each stage as a kernel of its own, given the oracle's values for what earlier stages find."""
+"""Each stage as a kernel of its own, which gets the results of earlier stages from the oracle."""
 
 from __future__ import annotations
 
@@ -115,7 +115,8 @@ class Row:
         self.oracle = reference_adaptive_kl(
             self.student[None].cpu(), self.teacher[None].cpu(), temperature=temperature
         )
-        # Any reference will do: not the kernel's own, so that nothing hangs on it.
+        # Any reference will do; it is not the kernel's own, so that the test does not depend on
+        # that.
         self.reference_t, self.z_t = self._normaliser(self.teacher)
         self.reference_s, self.z_s = self._normaliser(self.student)
         t = self.teacher.double().cpu()
@@ -128,7 +129,8 @@ class Row:
         padded = torch.nn.functional.pad(self.teacher.float(), (0, -V % BLOCK), value=-torch.inf)
         self.slots = padded.view(-1, BLOCK).amax(0)
         masses = (padded.double().cpu() * self.scale - self.reference_t).exp2().view(-1, BLOCK)
-        # The largest rest of a slot bounds every token that is no maximum; the heaviest such is it.
+        # The mass of a slot without its maximum bounds every token that is not a maximum;
+        # `heaviest_hidden` is the heaviest of these.
         self.hidden = float((masses.sum(0) - masses.amax(0)).max())
         self.heaviest_hidden = float(masses.sort(0, descending=True).values[1].max())
 
@@ -178,7 +180,8 @@ def statistics_of(teacher: torch.Tensor, student: torch.Tensor) -> list[float]:
 
 
 def test_sums_that_outgrow_the_first_maximum_are_made_anew(device: torch.device) -> None:
-    """From each side's true maximum, wherever that is: sums stay far from fp32's largest number."""
+    """The references are each side's true maximum, wherever that is, so that the sums stay far from
+    fp32's largest number."""
     late = torch.zeros(V, device=device)
     late[2000:] = 40.0
     early = torch.zeros(V, device=device)
@@ -189,7 +192,7 @@ def test_sums_that_outgrow_the_first_maximum_are_made_anew(device: torch.device)
 
 
 def test_a_token_lost_in_the_rounding_of_its_slot_is_hidden(device: torch.device) -> None:
-    """1 + 2^-25 is 1 in fp32: the bound of what a slot hides allows for that."""
+    """1 + 2^-25 is 1 in fp32: the bound of the tokens that a slot hides allows for that."""
     row = torch.full((V,), -60.0, device=device)
     row[5], row[5 + BLOCK] = 0.0, -25.0
     reference, *_, hidden = statistics_of(row, row)
@@ -207,13 +210,14 @@ def test_slots_as_heavy_as_a_hidden_token_do_not_suffice(device: torch.device) -
     head_kernel[(1,)](teacher, slots, out, V, 1.0, 0.0, 2.0, 0.5, 0.7, INCLUSIVE=True, BLOCK=BLOCK)
     crossing, mass, k, each, cut = out.tolist()
     assert (crossing, mass, k, each) == (-1.0, 0.5, 1.0, 0.25)
-    assert cut == 2  # and not behind the other
+    assert cut == 2  # not after the other
 
 
 @pytest.mark.parametrize("slots_suffice", [False, True])
 @pytest.mark.parametrize("temperature", [0.25, 1.0, 2.0, 4.0])
 def test_head(temperature: float, slots_suffice: bool, device: torch.device, mode: str) -> None:
-    """The same head whether the row is swept or, where sound, the slot maxima are enough."""
+    """The head is the same whether the row is swept or, where that is sound, the slot maxima are
+    used."""
     if mode == "interpreter" and temperature < 1.0:
         pytest.skip("it has no FMA: large arguments are for compiled kernels")
     row = Row(device, temperature)
@@ -250,7 +254,7 @@ def test_divergence(row: Row, device: torch.device) -> None:
 
 @pytest.mark.parametrize("label_rate", [0.0, 0.3])
 def test_gradient(label_rate: float, row: Row, device: torch.device) -> None:
-    """And with a cross-entropy, whose softmax is at T = 1."""
+    """The same with a cross-entropy, whose softmax is at T = 1."""
     gradient = torch.full((V,), torch.nan, device=device)
     lse_1 = float(torch.logsumexp(row.student.double().cpu(), 0)) * LOG2E.value
     gradient_kernel[(1,)](
@@ -261,7 +265,7 @@ def test_gradient(label_rate: float, row: Row, device: torch.device) -> None:
     )  # fmt: skip
     of_labels = reference_cross_entropy(row.student[None].cpu(), torch.tensor([LABEL]))
     exact = row.oracle.grad[0] + label_rate * of_labels.grad[0]
-    # A few roundings of its two terms, more where no FMA is (the interpreter).
+    # A few roundings of its two terms are allowed, and more without an FMA (in the interpreter).
     assert (gradient.cpu().double() - exact).abs().max() < 5e-6 * exact.abs().max()
 
 

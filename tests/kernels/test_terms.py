@@ -52,7 +52,7 @@ def run(
 
 @pytest.mark.skipif(INTERPRETER, reason="nothing is compiled")
 def test_numbers_compile_nothing() -> None:
-    """One compilation a member whatever its numbers, the ratio of the labels and T are."""
+    """Each member is compiled once, whatever its numbers, the ratio of the labels and T are."""
     from bench.lab.compile import record_launches
 
     pairs: tuple[tuple[Divergence, Divergence], ...] = (

@@ -1,5 +1,5 @@
-"""The PyTorch backend called with the options of a rule one by one, or with a rule, into outputs
-full of NaN."""
+"""Calls of the PyTorch backend, with a rule or with its options one by one, into outputs full of
+NaN."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def rule(
     student_map: LogitMap = IDENTITY,
     teacher_map: LogitMap = IDENTITY,
 ) -> Rule:
-    """Adaptive KL, or with a weight the mixture that it fixes."""
+    """The rule of adaptive KL or, with a weight, of the mixture with that weight."""
     divergence = AdaptiveKL(mu, head, ties) if weight is None else MixedKL(weight)
     return Rule(divergence, temperature, student_map, teacher_map)
 
@@ -56,7 +56,7 @@ def forward_of(
     out: Tensor | None = None,
     damped: bool = False,
 ) -> RowResult:
-    """The same of any rule."""
+    """The same for any rule."""
     n = student.shape[:-1].numel()
     nan = torch.full((), torch.nan, dtype=torch.float32, device=student.device)
     result = RowResult(

@@ -1,4 +1,4 @@
-"""What a computation allocates, and which operators it calls."""
+"""A record of the allocations and the operators of a computation."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from akl_triton import workers
 
-# Operators that wait for the device; lift_fresh is what copies a Python number to it.
+# Operators that wait for the device; lift_fresh copies a Python number to it.
 WAITS = {
     "aten::_local_scalar_dense",
     "aten::equal",
@@ -28,8 +28,8 @@ WAITS = {
 class Trace:
     """The allocations of a block of code and the operators that it calls, at any depth.
 
-    On a CPU every allocation is seen, of one thread, as a profiler sees that of no other. On a GPU
-    PyTorch tells the peak alone.
+    On a CPU every allocation is recorded; all run in one thread, as a profiler sees those of no
+    other. On a GPU PyTorch reports only the peak.
     """
 
     def __init__(self, device: torch.device | None = None):
@@ -83,7 +83,7 @@ def peak_temporaries(
 ) -> int:
     """The most bytes that `function` holds at once on a CPU of so many cores.
 
-    It is that of one thread, times the number of threads that the work is shared out to.
+    They are those of one thread, times the number of threads that share the work.
     """
     used = [1]
     before = torch.get_num_threads()

@@ -1,4 +1,4 @@
-"""The table of peers: each computes what it says, or says why it cannot."""
+"""The table of peers: each computes the loss that it names, or says why it cannot."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from bench.lab import ptxcpu
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="the peers' kernels are compiled"
 )
-# Ours has tests of its own, and compiling takes a minute.
+# Ours has its own tests, and compiling it takes a minute.
 MEASURED = [peer for peer in PEERS if not peer.is_ours and peer.kind != "compiled"]
 
 
@@ -27,7 +27,7 @@ def logits() -> tuple[Tensor, Tensor]:
 
 
 def expected(peer: Peer, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean loss and its gradient, by the float64 oracle or, for the JSD, spelt out."""
+    """The mean loss and its gradient, by the float64 oracle or, for the JSD, by its formula."""
     if peer.computes == "jsd":
         s = student.double().requires_grad_()
         log_p, log_q = teacher.double().log_softmax(-1), s.log_softmax(-1)

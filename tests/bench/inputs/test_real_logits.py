@@ -25,7 +25,7 @@ def test_resampling_keeps_the_top_and_the_range() -> None:
     assert new_t.shape == (3, 2_000)
     for extreme in (torch.amax, torch.amin):
         assert torch.equal(extreme(new_t, -1), extreme(teacher, -1))
-    # Ids keep their order: the top token stands as far along the row as it did.
+    # Ids keep their order: the top token is as far along the row as it was.
     before, after = teacher.argmax(-1) / 500, new_t.argmax(-1) / 2_000
     torch.testing.assert_close(before, after, atol=0.1, rtol=0.0)
 

@@ -1,4 +1,4 @@
-"""Random logits whose heads must be searched for as often as not."""
+"""Random logits: half of the rows need a search for their head."""
 
 from __future__ import annotations
 

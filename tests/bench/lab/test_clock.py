@@ -1,4 +1,4 @@
-"""How a time is taken: rotating, behind a kernel that waits, with quantiles."""
+"""The way a time is taken: with rotating inputs, behind a kernel that waits, with quantiles."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_pairs_are_four_caches(pair: int, cache: int, pairs: int) -> None:
 
 
 class Recorder:
-    """A clock that writes down what it is given."""
+    """A clock that writes down the calls that it is given."""
 
     def __init__(self, log: list[str]):
         self.log = log
@@ -34,7 +34,7 @@ class Recorder:
 
 
 def test_calls_rotate() -> None:
-    """What is timed was prepared before the calls on all the other pairs."""
+    """The state of a timed call was prepared before the calls on all the other pairs."""
     log: list[str] = []
 
     def prepare(i: int) -> int:
@@ -50,7 +50,7 @@ def test_calls_rotate() -> None:
 
 
 def test_one_state_is_held_where_there_is_one_pair() -> None:
-    """Of a backward, that is all that its forward has saved."""
+    """The state of a backward is all that its forward has saved."""
     alive = most = 0
 
     class State:
@@ -68,7 +68,7 @@ def test_one_state_is_held_where_there_is_one_pair() -> None:
 
 
 def test_the_gpu_waits_until_all_is_enqueued(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the host does before a launch is not in the time."""
+    """The time leaves out what the host does before a launch."""
     log: list[str] = []
 
     class Event:

@@ -1,5 +1,6 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
-"""Offline compilation: what is asked for, and what launches ask for themselves."""
+"""Offline compilation of a kernel that the caller spells out, and of those that launchers
+launch."""
 
 import pytest
 import torch
@@ -118,7 +119,7 @@ def test_both_ways_give_the_same_code() -> None:
         num_warps=2,
         target="sm_90",
     )
-    # What follows the code names the folder that it was compiled in, which need not be this one:
+    # The text after the code names the folder that it was compiled in, which need not be this one:
     # Triton's cache serves all folders.
     code, other = (k.asm["ptx"].partition(".file")[0] for k in (kernel, launches[0].compiled))
     assert code == other and "st.global" in code

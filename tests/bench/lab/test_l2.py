@@ -26,9 +26,9 @@ def test_a_block_that_is_not_wanted_again_goes_first() -> None:
 @pytest.mark.parametrize(
     ("room", "row", "moved"),
     [
-        (4, READ + READ, 4),  # the second sweep finds all
+        (4, READ + READ, 4),  # the second sweep finds everything
         (3, READ + READ, 8),  # in the same order, it finds nothing
-        (3, READ + READ[::-1], 5),  # backwards, what the first has left
+        (3, READ + READ[::-1], 5),  # backwards, it finds what the first has left
         (4, [*READ, *(Access("x", block, write=True) for block in range(4))], 8),
     ],
 )

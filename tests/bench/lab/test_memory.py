@@ -1,4 +1,4 @@
-"""What a graph keeps for its backward pass, of graphs for which it is known."""
+"""The memory that a graph keeps for its backward pass, for graphs where it is known."""
 
 from __future__ import annotations
 

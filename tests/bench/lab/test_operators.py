@@ -1,4 +1,4 @@
-"""The meter of PyTorch's operators: what it counts is what can be counted by hand."""
+"""The meter of PyTorch's operators, compared with counts by hand."""
 
 from __future__ import annotations
 

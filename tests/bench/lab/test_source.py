@@ -1,5 +1,6 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
-"""Whose line an instruction comes from, when all device functions are inlined into one kernel."""
+"""The function that an instruction comes from, when all device functions are inlined into one
+kernel."""
 
 import functools
 import inspect
@@ -18,7 +19,7 @@ BLOCK = 1024
 
 @triton.jit
 def loaded(x_ptr, start, V, BLOCK: tl.constexpr):
-    """Serves both of the loops."""
+    """A function that both loops call."""
     offs = start + tl.arange(0, BLOCK)
     return tl.load(x_ptr + offs, mask=offs < V, other=0.0).to(tl.float32)
 
@@ -78,7 +79,7 @@ def lines_of(function) -> set[int]:
 def test_a_helper_counts_for_the_one_that_it_serves() -> None:
     functions = read_functions(compiled("sm_90").asm["source"])
     owners = functions.owners(["scaled", "summed"])
-    # Triton's cache serves all folders, and keeps the path that it has first seen.
+    # Triton's cache serves all folders, and keeps the path that it saw first.
     name = Path(__file__).name
     here = {line: owner for (path, line), owner in owners.items() if Path(path).name == name}
     assert set(here.values()) == {"scaled", "summed"}
@@ -122,7 +123,8 @@ def test_functions_of_an_ir() -> None:
         second: {("/there/stages.py", 20)},
     }
     assert functions.calls == {"kernel": {first, second}, first: set(), second: {first}}
-    # What is asked for is a root: the lines of `first` are its own, though `second` calls it.
+    # Each name that is asked for is a root: the lines of `first` are its own, though `second` calls
+    # it.
     assert functions.owners(["first", "second"]) == {
         ("/there/stages.py", 7): "first",
         ("/there/stages.py", 8): "first",

@@ -11,7 +11,8 @@ V = 36_864  # too long a row to be held on chip
 
 @pytest.fixture(scope="module")
 def rows() -> tuple[Tensor, Tensor]:
-    """bf16: a teacher that is sure, one that is not, one whose logits at the boundary all tie."""
+    """Logits in bf16: a confident teacher, one that is not, and one whose logits at the boundary
+    all tie."""
     sure = torch.zeros(V)
     sure[7] = 20.0
     unsure = torch.linspace(-4.0, 4.0, V)[

@@ -1,4 +1,4 @@
-"""The compiled kernels stay within bench/report/budgets.toml, and the check of it can fail."""
+"""The compiled kernels stay within bench/report/budgets.toml, and the check of them can fail."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_a_budget_names_every_figure() -> None:
 
 
 def test_tails_of_rows_are_no_part_of_the_loops() -> None:
-    """What a position costs does not hang on V: 32,000 has more of its row in the edges."""
+    """The cost of a position does not depend on V: at 32,000 more of a row is in the edges."""
     case = next(iter(BUDGETS))
     assert figures(case._replace(vocabulary=32_000)) == figures(case)
 

@@ -8,8 +8,9 @@ from bench.questions import busy
 
 
 def test_no_cliff_at_a_busy_neighbour_or_a_slice() -> None:
-    """Splitting every operator over threads takes tens of times as long beside a busy process, and
-    a sequence at a time nine; the bound is far from both, for this may run on a busy machine."""
+    """Splitting every operator over threads takes tens of times as long when another process is
+    busy, and taking one sequence at a time nine times; the bound is far from both, as this test may
+    itself run on a busy machine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     try:

@@ -1,4 +1,4 @@
-"""Errors near convergence: what is measured, on a few small rows."""
+"""Errors near convergence, measured on a few small rows."""
 
 from __future__ import annotations
 

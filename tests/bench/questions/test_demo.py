@@ -1,4 +1,4 @@
-"""The stored demo is what `akl-triton demo` writes and prints."""
+"""The stored demo has the figures that `akl-triton demo` writes and prints."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ POINTS = [
 
 @pytest.fixture
 def printed(monkeypatch: pytest.MonkeyPatch) -> list[Sequence[str]]:
-    """In place of a run, what one leaves."""
+    """The files and the output of a run, without running it."""
     calls: list[Sequence[str]] = []
 
     def main(arguments: Sequence[str]) -> int:

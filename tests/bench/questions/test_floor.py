@@ -1,4 +1,4 @@
-"""Floors, and the work that they are made of."""
+"""Floors, and the work that they are computed from."""
 
 from __future__ import annotations
 
@@ -37,7 +37,8 @@ def test_without_a_measured_copy_the_data_sheet_counts() -> None:
 
 
 def test_work_of_a_kernel() -> None:
-    """Three sweeps of bf16 pairs and a gradient: 14 bytes, 6 where each logit is read once."""
+    """Three sweeps of bf16 pairs and a gradient move 14 bytes, or 6 where each logit is read
+    once."""
 
     def stage(name: str, width: int, stores: int) -> dict[str, Any]:
         return {

@@ -1,4 +1,5 @@
-"""Times on a GPU, asked on a CPU: what a result says, and that results outlive what stops a run."""
+"""The question about times on a GPU, on a CPU: what a result says, and that results survive
+whatever stops a run."""
 
 from __future__ import annotations
 
@@ -24,7 +25,7 @@ from akl_triton.cli.bench import peak_memory
 from akl_triton.kernels.launch_table import CANDIDATES, Launch
 from bench.__main__ import main
 from bench.inputs.peers import OURS
-from bench.inputs.synthetic import make_heads, make_pair
+from bench.inputs.synthetic import make_hidden_states, make_pair
 from bench.lab import clock, ptxcpu
 from bench.questions import gpu
 
@@ -44,7 +45,7 @@ def case(name: str = "a loss", loss: Any = ours, phase: str = "both", **options:
 
 
 def run(folder: Path, *cases: gpu.Case, seconds: float = 60.0) -> dict[str, Any]:
-    """The answer, which is the JSON that is left."""
+    """The answer, which is the JSON file that the run leaves."""
     data = gpu.measure_all(cases, {"a peer": "why"}, CPU, folder, seconds=seconds, copy_bytes=4096)
     assert data == json.loads((folder / "cpu.json").read_text())
     return data
@@ -81,7 +82,7 @@ def test_state_of_the_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.parametrize("phase, tensors", [("forward", 2), ("backward", 3), ("inplace", 3)])
 def test_figures(phase: str, tensors: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In a millisecond: bytes / 1e6 are GB/s."""
+    """The figures of a call of one millisecond: bytes / 1e6 are GB/s."""
     times = clock.Times(1.0, 0.5, 2.0, 7, 0.1)
     monkeypatch.setattr(gpu, "time_calls", lambda *_: times)
     bench = gpu.Bench(CPU, copy_bytes=1_000_000)
@@ -106,61 +107,63 @@ def test_phases_do_what_they_say(phase: str) -> None:
 
 
 @pytest.fixture
-def from_heads() -> dict[str, gpu.Case]:
+def from_hidden_states() -> dict[str, gpu.Case]:
     """The cases that start from hidden states: 192 tokens, V = 4096, H = 64."""
     sizes = gpu.Sizes((50,), (2,), (4096,), (192,), hidden=64)
     return {c.name: c for c in gpu.plan(CPU, "torch", sizes)[0] if c.hidden}
 
 
-def test_what_starts_from_heads_gives_both_gradients(from_heads: dict[str, gpu.Case]) -> None:
-    """And those of AKL are the same with all logits and without."""
+def test_what_starts_from_hidden_states_gives_both_gradients(
+    from_hidden_states: dict[str, gpu.Case],
+) -> None:
+    """Those of AKL are the same with all logits and without."""
     phase = gpu.PHASES["linear"]
-    student_hidden, student_weight, teacher_hidden, teacher_weight = heads = make_heads(
+    student_hidden, student_weight, teacher_hidden, teacher_weight = states = make_hidden_states(
         24, 500, 16, CPU, torch.float32, seed=0
     )
     logits = student_hidden @ student_weight.T
     assert 2.8 < logits.std() < 3.2
-    for c in from_heads.values():
-        gradients = phase.run(c.loss, phase.prepare(c.loss, *heads))
+    for c in from_hidden_states.values():
+        gradients = phase.run(c.loss, phase.prepare(c.loss, *states))
         loss = getattr(akl_triton, c.computes)(logits, teacher_hidden @ teacher_weight.T)
         expected = torch.autograd.grad(loss, (student_hidden, student_weight), retain_graph=True)
         for ours, exact in zip(gradients, expected, strict=True):
             torch.testing.assert_close(ours, exact)
             assert exact.abs().max() > 1e-4
-    assert {c.computes for c in from_heads.values()} == {"adaptive_kl", "forward_kl"}
+    assert {c.computes for c in from_hidden_states.values()} == {"adaptive_kl", "forward_kl"}
 
 
 def test_the_model_of_memory(
-    from_heads: dict[str, gpu.Case], monkeypatch: pytest.MonkeyPatch
+    from_hidden_states: dict[str, gpu.Case], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """2 C V bytes + 4 V H: what is measured is that and the gradients; all logits are more."""
+    """The measured peak is 2 C V bytes + 4 V H and the gradients; with all logits it is higher."""
     rows, vocabulary, hidden, chunk = 192, 4096, 64, 64
     model = 2 * chunk * vocabulary * 2 + 4 * vocabulary * hidden
     gradients = 2 * (rows + vocabulary) * hidden
     monkeypatch.setitem(linear_ops.CHUNK_BYTES, "cpu", 2 * chunk * vocabulary * 2)
     monkeypatch.setattr(eager, "TEMPORARY_BYTES", 2**19)
     monkeypatch.setattr(akl_triton.rows, "BLOCK_BYTES", 2**16)
-    inputs = make_heads(rows, vocabulary, hidden, CPU, gpu.DTYPE, seed=0)
+    inputs = make_hidden_states(rows, vocabulary, hidden, CPU, gpu.DTYPE, seed=0)
     phase = gpu.PHASES["linear"]
     peaks = {}
-    for name, c in from_heads.items():
+    for name, c in from_hidden_states.items():
         prepared = phase.prepare(c.loss, *inputs)
         peaks[name] = peak_memory(functools.partial(phase.run, c.loss, prepared), CPU)
     for name in ("linear_adaptive_kl", "linear_forward_kl"):
-        assert from_heads[name].model_bytes(CPU) == model
+        assert from_hidden_states[name].model_bytes(CPU) == model
         assert model <= peaks[name] <= 1.1 * (model + gradients)
     unfused = "adaptive_kl of all logits"
-    assert from_heads[unfused].model_bytes(CPU) is None
+    assert from_hidden_states[unfused].model_bytes(CPU) is None
     assert peaks[unfused] >= 2 * rows * vocabulary * 2
-    few = replace(from_heads["linear_adaptive_kl"], rows=5)  # less than a chunk
+    few = replace(from_hidden_states["linear_adaptive_kl"], rows=5)  # less than a chunk
     assert few.model_bytes(CPU) == 2 * 5 * vocabulary * 2 + 4 * vocabulary * hidden
 
 
-def test_a_result_from_heads(
-    from_heads: dict[str, gpu.Case], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_result_from_hidden_states(
+    from_hidden_states: dict[str, gpu.Case], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A time beside the model; bytes per second would say nothing of products."""
-    c = from_heads["linear_adaptive_kl"]
+    """A result gives the model with the time; bytes per second would say nothing about products."""
+    c = from_hidden_states["linear_adaptive_kl"]
     report = run(tmp_path, c)
     (result,) = report["results"]
     assert not gpu.failures(report) and result["median"] > 0 and result["pairs"] == 2
@@ -185,14 +188,14 @@ def test_every_size_has_all_phases_and_launches() -> None:
         assert any(c.package != OURS for c in of_size)
     assert len({c.label for c in cases}) == len(cases)
     assert cases[0].name == "adaptive_kl" and cases[0].rows == 16
-    heads = {(c.name, c.rows, c.vocabulary, c.hidden) for c in cases if c.phase == "linear"}
+    timed = {(c.name, c.rows, c.vocabulary, c.hidden) for c in cases if c.phase == "linear"}
     names = ("linear_adaptive_kl", "linear_forward_kl", "adaptive_kl of all logits")
-    assert heads == {(name, 4, 1000, 8) for name in names}
+    assert timed == {(name, 4, 1000, 8) for name in names}
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="ptxcpu needs the C++ compiler g++")
 def test_a_launch_reaches_the_kernels() -> None:
-    """And neither N nor V, within an alignment class, makes another compilation."""
+    """Neither N nor V, within an alignment class, causes another compilation."""
     launches: list[ptxcpu.Launch] = []
     loss = functools.partial(adaptive_kl, backend="triton")
     with ptxcpu.active(arch=90, observer=launches.append):
@@ -234,7 +237,7 @@ def test_a_run_on_a_cpu_does_not_look_like_one_on_a_gpu(
 
 
 def test_failures_are_results(tmp_path: Path) -> None:
-    """Of a peer, they are no failure of the run."""
+    """An error of a peer is no failure of the run."""
     peer: dict[str, Any] = {"package": "peer"}
     report = run(
         tmp_path,
@@ -260,7 +263,7 @@ def test_what_is_left_out_is_listed(tmp_path: Path) -> None:
 
 
 def test_results_outlive_what_stops_the_run(tmp_path: Path) -> None:
-    """As where `timeout` ends a call that hangs."""
+    """The signal is the one with which `timeout` ends a call that hangs."""
     with pytest.raises(SystemExit):
         run(tmp_path, case("done"), case("hangs", fail(SystemExit(1))), case("never"))
     report = json.loads((tmp_path / "cpu.json").read_text())
@@ -305,7 +308,7 @@ def test_a_step_that_fails_is_recorded_and_the_rest_goes_on(tmp_path: Path) -> N
 
 
 def test_the_steps_on_a_gpu(tmp_path: Path) -> None:
-    """With a Python that finds everything well, and a sanitizer that does not."""
+    """A run with a Python that succeeds at everything, and a sanitizer that fails."""
     tools, results = tmp_path / "bin", tmp_path / "results"
     tools.mkdir()
     sanitizer = tools / "compute-sanitizer"

@@ -1,4 +1,4 @@
-"""How cost grows: not with the rows, and with no more state than a few floats a row."""
+"""Cost does not grow with the rows, and the state is no more than a few floats a row."""
 
 from __future__ import annotations
 

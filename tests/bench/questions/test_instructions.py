@@ -1,4 +1,4 @@
-"""The stored cost of the kernels is that of the kernels."""
+"""The stored cost of the kernels is that of the kernels as they are."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The model of the L2, where its answers are known; its order of sweeps is that of the kernels."""
+"""The model of the L2 in cases where the answer is known; its order of sweeps is that of the
+kernels."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ SERPENTINE = BY_NAME["in place: serpentine"]
 
 
 def size_of_rows(rows: float) -> int:
-    """A cache that holds so many pairs of rows."""
+    """The size of a cache that holds so many pairs of rows."""
     return int(rows * 2 * BLOCKS * BLOCK_BYTES)
 
 
@@ -31,7 +32,7 @@ def test_forward_order_finds_nothing_in_a_cache_that_is_too_small(order: Order) 
 
 
 def test_serpentine_order_finds_what_the_cache_holds() -> None:
-    """Of one row: half of the divergence, then half of the gradient."""
+    """A cache of one row serves half of the divergence, then half of the gradient."""
     found = modelled(size_of_rows(0.5), 1, BLOCKS * BLOCK, SERPENTINE)
     assert found == pytest.approx(14 - 4, abs=0.5)
 

@@ -1,4 +1,4 @@
-"""The question about the losses of hidden states, with heads of a tiny model."""
+"""The question about the losses of hidden states, with the lm_heads of a tiny model."""
 
 from __future__ import annotations
 

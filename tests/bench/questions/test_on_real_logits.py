@@ -1,4 +1,4 @@
-"""Costs and heads of the PyTorch backend and of the authors' code, on a few rows."""
+"""The costs and the heads of the PyTorch backend and of the authors' code, on a few rows."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ needs_kernels = pytest.mark.skipif(
 
 @pytest.fixture
 def logits(monkeypatch: pytest.MonkeyPatch) -> tuple[Tensor, Tensor]:
-    """In place of those of a language model."""
+    """Random logits in place of those of a language model."""
     student, teacher = 2 * torch.randn(2, 6, 4_000, generator=torch.Generator().manual_seed(0))
     monkeypatch.setattr(
         on_real_logits, "real_logits", lambda rows: (student[:rows], teacher[:rows])

@@ -1,4 +1,4 @@
-"""Bytes of each way to compute a loss, operator by operator."""
+"""The bytes that each way to compute a loss moves, operator by operator."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def test_what_a_mode_cannot_see_is_refused() -> None:
 
 
 @compiled
-def test_operators_beside_each_other() -> None:
-    """Ours moves and holds a small part of what the authors' code does."""
+def test_operators_compared_with_each_other() -> None:
+    """Ours moves and holds a small part of the bytes of the authors' code."""
     student, teacher = torch.randn(2, 4, 4_096, generator=torch.Generator().manual_seed(0))
     found = [
         operators.measure(subject, student.bfloat16(), teacher.bfloat16())

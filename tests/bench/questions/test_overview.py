@@ -1,4 +1,4 @@
-"""The README's picture shows what is stored, and what is stored is a real token."""
+"""The README's picture shows the stored answer, which is of a real token."""
 
 from __future__ import annotations
 

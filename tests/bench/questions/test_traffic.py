@@ -1,4 +1,5 @@
-"""What the compiled kernels read and write, on rows for which it can be counted by hand."""
+"""The bytes that the compiled kernels read and write, on rows for which they can be counted by
+hand."""
 
 from __future__ import annotations
 
@@ -24,7 +25,7 @@ def test_scans_of_a_row(rows: tuple[Tensor, Tensor]) -> None:
     assert tied >= 1.0
     sure_cut, _, tied_cut = found["cut"]
     assert sure_cut == 0.0
-    assert tied_cut >= 0.5  # half of the row's ties are in the head: read as far as there
+    assert tied_cut >= 0.5  # half of the ties are in the head: it is read so far
     summary = traffic.summarise(found)
     assert summary["rows_without"] == pytest.approx(1 / 3)
     assert summary["max"] == max(b + c for b, c in zip(*found.values(), strict=True))
@@ -32,7 +33,7 @@ def test_scans_of_a_row(rows: tuple[Tensor, Tensor]) -> None:
 
 @compiled
 def test_traffic_of_rows(rows: tuple[Tensor, Tensor]) -> None:
-    """What must be moved is: both logits, and the gradient once."""
+    """The compulsory bytes are those of both logits, and those of the gradient once."""
     cases = [traffic.case(*rows, temperature=1.0, synthetic=kind) for kind in (False, True)]
     case = cases[0]
     for phase, written in (("forward", 0.0), ("backward", 2.0), ("with_gradient", 2.0)):
@@ -44,7 +45,8 @@ def test_traffic_of_rows(rows: tuple[Tensor, Tensor]) -> None:
     forward, backward, both = case["forward"], case["backward"], case["both"]
     assert both["bytes_read"] == pytest.approx(forward["bytes_read"] + backward["bytes_read"])
     assert forward["launches"] == backward["launches"] == 1 / 3
-    # Stages A and B each read both rows; R reads the teacher's as often as the scans say.
+    # Statistics and divergence each read both rows; the boundary reads the teacher's as often as
+    # the scans say.
     assert forward["bytes_read"] == pytest.approx(2 * 4 + 2 * case["scans"]["mean"], rel=0.1)
     data = {"arch": "sm_90", "texts": ["objects"], "cases": cases}
     table = traffic.markdown(json.loads(json.dumps(data)))

@@ -1,4 +1,4 @@
-"""What the documents say of cost comes with the command that says so."""
+"""A claim about cost in a document comes with the command that measures it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ COMMAND = re.compile(r"`[^`\n]*\b(?:python3? -m|pytest|akl-triton|make|bench/gpu
 
 
 def sections(text: str) -> Iterator[str]:
-    """The text under each heading of the second level."""
+    """The text under each second-level heading."""
     yield from re.split(r"^## ", text, flags=re.MULTILINE)
 
 

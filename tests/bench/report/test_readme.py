@@ -1,4 +1,4 @@
-"""Every figure in README.md stands in a block that is written from what is stored."""
+"""Every figure in README.md is in a block that is written from the stored answers."""
 
 from __future__ import annotations
 

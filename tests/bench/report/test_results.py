@@ -1,4 +1,4 @@
-"""RESULTS.md is what bench/results holds."""
+"""RESULTS.md has the figures that bench/results holds."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_every_section_has_a_figure() -> None:
 def test_a_changed_figure_is_drift(
     section: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All figures of a name, changed, are on other lines."""
+    """RESULTS.md differs once all figures of one name have changed."""
     for path in store.RESULTS.glob("*.json"):
         text = path.read_text("utf-8")
         if path.stem == section:

@@ -1,4 +1,4 @@
-"""The table of instructions in bench/lab/README.md must be true of the tests that it names."""
+"""Checks that the tests named in the table of instructions of bench/lab/README.md cover them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ROW = re.compile(r"^\| `(\w+)` \| (.+) \| `(test_\w+\.py::\S+)` \|$", re.MULTILI
 
 
 class Table(dict[str, tuple[str, str]]):
-    """Instruction: (its modifiers, the test that covers it)."""
+    """The table: each instruction with (its modifiers, the test that covers it)."""
 
     def covered_by(self, test: str) -> set[str]:
         return {name for name, (_, of_name) in self.items() if of_name == test}
@@ -33,7 +33,8 @@ def table() -> Table:
 def executed(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, table: Table
 ) -> Iterator[set[str]]:
-    """Names of the instructions that a test executes: at least those that it is said to cover."""
+    """The names of the instructions that a test executes: at least those that it is said to
+    cover."""
     names: set[str] = set()
     run = execute.Executable.run
 

@@ -1,5 +1,5 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
-"""Faults that ptxcpu must find: each kernel here is wrong, or made wrong, on purpose."""
+"""Faults that ptxcpu must find: each kernel here is wrong, or is made wrong, on purpose."""
 
 import re
 
@@ -28,7 +28,7 @@ def test_load_behind_the_tensor() -> None:
     # The message names the kernel, the first address behind x, and the line of the source.
     assert "careless_kernel" in str(error.value)
     assert f"{x.data_ptr() + 4000:x}" in str(error.value)
-    # Triton's cache serves all folders, and keeps the path that it has first seen.
+    # Triton's cache serves all folders, and keeps the path that it saw first.
     assert re.search(r"faults\.py:\d+", str(error.value))
 
 
@@ -124,7 +124,7 @@ def test_memory_is_legal_only_while_it_is_an_argument() -> None:
         indirect_kernel[(1,)](addresses, y)
     assert y.item() == 5.0
     with ptxcpu.active():
-        careless_kernel[(1,)](x, y, 1, 0, BLOCK=16)  # x is an argument, of this launch only
+        careless_kernel[(1,)](x, y, 1, 0, BLOCK=16)  # x is an argument of this launch alone
         with pytest.raises(ptxcpu.PtxError, match="global load out of bounds"):
             indirect_kernel[(1,)](addresses, y)
 

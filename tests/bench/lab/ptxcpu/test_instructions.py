@@ -12,7 +12,8 @@ from bench.lab.ptxcpu.translate import translate
 
 
 def ptx_of(body: str) -> str:
-    """A kernel of 64 threads; %rd1 is the output, %r1 the thread, %rd2 the thread's word of it."""
+    """A kernel of 64 threads: %rd1 is the output, %r1 the thread, and %rd2 the thread's word of the
+    output."""
     return f"""
 .visible .entry k(.param .u64 k_param_0) .reqntid 64
 {{
@@ -65,7 +66,7 @@ def test_what_is_not_implemented_is_refused(instruction: str) -> None:
 def test_divergent_threads_meet_again(long: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Thread t adds up 0..t-1 in a loop of its own length, then the warp shuffles.
 
-    So it is in the code of long kernels, which have one version of each block."""
+    The same holds for the code of long kernels, which have one version of each block."""
     monkeypatch.setattr(
         importlib.import_module(translate.__module__), "LONG_KERNEL", 0 if long else 99
     )

@@ -1,5 +1,5 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
-"""What compiled Triton kernels compute in ptxcpu, against PyTorch."""
+"""The results of compiled Triton kernels in ptxcpu, compared with those of PyTorch."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ BITS_16 = torch.arange(1 << 16, dtype=torch.int32).to(torch.uint16)
 
 
 def launch(kernel, grid, *args, arch=90, sched=0, **options):
-    """Launch in ptxcpu; gives the counts of the kernel."""
+    """Launch in ptxcpu, and return the counts of the kernel."""
     with ptxcpu.active(arch, sched) as counters:
         kernel[grid](*args, **options)
     return counters[kernel.__name__]
@@ -40,7 +40,7 @@ def assert_same_bits(actual: torch.Tensor, expected: torch.Tensor) -> None:
 
 
 def hard_floats() -> torch.Tensor:
-    """fp32 values at, and one bit beside, every tie of bf16 and of fp16, and random bits."""
+    """fp32 values at every tie of bf16 and of fp16, those one bit away, and random bits."""
     generator = torch.Generator().manual_seed(0)
     any_bits = torch.randint(-(2**31), 2**31, (1 << 16,), generator=generator).to(torch.int32)
     upper = BITS_16.to(torch.int32) << 16
@@ -110,7 +110,7 @@ def test_launches_add_up_per_kernel() -> None:
         assert counters["copy_kernel"]["launches"] == 3
         assert counters["copy_kernel"]["gld_bytes"] == 3 * 4 * 1024
         counters.reset()
-        copy_kernel[(0,)](x, y, 1024, BLOCK=1024)  # an empty grid is no launch
+        copy_kernel[(0,)](x, y, 1024, BLOCK=1024)  # an empty grid makes no launch
         assert counters == {}
 
 
@@ -229,7 +229,7 @@ def test_atomics_of_all_programs_arrive() -> None:
 
 @triton.jit
 def collatz_kernel(start_ptr, steps_ptr):
-    """How often the rule of Collatz applies until 1: a loop whose length the data decides."""
+    """The number of Collatz steps down to 1: a loop whose length the data decides."""
     program = tl.program_id(0)
     x = tl.load(start_ptr + program)
     steps = 0

@@ -1,6 +1,5 @@
-"""The table of instructions in bench/lab/README.md is complete, and its tests are there.
-
-That each of these tests executes what it is said to cover is checked as it runs: see conftest.py.
+"""The table of instructions in bench/lab/README.md is complete, and its tests exist. conftest.py
+checks, as each of these tests runs, that it executes the instructions that it is said to cover.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What single instructions compute, on values for which Python knows the result.
+"""The results of single instructions, on values for which Python knows them.
 
 Every thread has four inputs, of which the last two are small; an instruction reads them as %r1 to
 %r4 (32 bits), %rd1 to %rd4 (64), %h1 to %h4 (16), %f1 to %f4 or %d1 to %d4 (the same bits as
@@ -44,7 +44,7 @@ Row = tuple[int, int, int, int]
 
 
 def execute(texts: Sequence[str], inputs: Sequence[Row]) -> list[list[int]]:
-    """The 64 bits that every thread leaves, for each of the instructions."""
+    """The 64 bits that every thread stores, for each of the instructions."""
     parts = []
     for k, text in enumerate(texts):
         result = next(register for register in EPILOGUES if register in text)
@@ -91,7 +91,7 @@ HARD = (0, 1, 2, 3, 31, 32, 0x7FFF, 0x8000, 0xFFFF, 2**31 - 1, 2**31, 2**32 - 1,
 
 
 def integers() -> list[tuple[int, int, int, int]]:
-    """Hard ones in pairs, and any bits; the last two are up to 70."""
+    """Hard values in pairs, and random bits; the last two are up to 70."""
     draw = random.Random(0)
     pairs = [(draw.choice(HARD), draw.choice(HARD)) for _ in range(THREADS // 2)]
     pairs += [(draw.getrandbits(64), draw.getrandbits(64)) for _ in range(THREADS // 2)]
@@ -110,7 +110,7 @@ def u32(x: int) -> int:
 
 
 def quotient(a: int, b: int) -> int:
-    """Towards zero; what is divided by 0 is all ones."""
+    """The quotient, rounded towards zero; division by 0 gives all ones."""
     return -1 if b == 0 else (abs(a) // abs(b)) * (1 if (a < 0) == (b < 0) else -1)
 
 
@@ -381,7 +381,7 @@ def test_floats() -> None:
 
 
 def assert_close(value: float, right: float, tolerance: float, where: str) -> None:
-    """Exactly equal where there is no tolerance, the sign of a zero included."""
+    """Without a tolerance the values must be exactly equal, including the sign of a zero."""
     if math.isnan(right):
         assert math.isnan(value), where
     elif tolerance:

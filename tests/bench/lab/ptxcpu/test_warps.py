@@ -1,4 +1,4 @@
-"""Instructions that look at other lanes, at memory, or nowhere: what 64 threads of a CTA get."""
+"""Instructions that look at other lanes, at memory, or at nothing, in 64 threads of a CTA."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ THREADS = 64
 
 
 def run(body: str, *, sched: int = 0) -> torch.Tensor:
-    """What each thread leaves in %r9; %r1 is the thread, %r2 its lane, %rd1 a word for each."""
+    """The value that each thread leaves in %r9; %r1 is the thread, %r2 its lane, %rd1 a word for
+    each."""
     ptx = f"""
 .visible .entry k(.param .u64 k_param_0) .reqntid {THREADS}
 {{
@@ -32,7 +33,7 @@ def run(body: str, *, sched: int = 0) -> torch.Tensor:
     ret;
 }}
 """
-    out = torch.zeros(THREADS + 64, dtype=torch.int32)  # the words behind are the body's own
+    out = torch.zeros(THREADS + 64, dtype=torch.int32)  # the words after them are for the body
     address = out.data_ptr()
     ptxcpu.load(ptx).run(
         (1,), [address.to_bytes(8, "little")], ranges=[(address, out.nbytes)], sched=sched
@@ -41,7 +42,7 @@ def run(body: str, *, sched: int = 0) -> torch.Tensor:
 
 
 def of_threads(function: Callable[[int], int]) -> list[int]:
-    """Of thread t, as a signed word."""
+    """The function of every thread t, as a signed word."""
     values = [function(t) & (2**32 - 1) for t in range(THREADS)]
     return [value - 2**32 if value >> 31 else value for value in values]
 
@@ -87,7 +88,7 @@ def test_lanes_of_a_warp(name: str) -> None:
 
 
 def test_a_branch_around_the_rest() -> None:
-    """Threads leave by exit, by ret and by the end; each writes what it was told to."""
+    """Threads leave by exit, by ret and at the end; each writes its own value."""
     out = run("""
         mov.u32 %r9, 1;
         setp.lt.u32 %p1, %r1, 20;
@@ -140,7 +141,7 @@ def test_atomics_of_all_threads_arrive(name: str) -> None:
 
 @pytest.mark.parametrize("sched", [0, 1, 2])
 def test_threads_meet_at_a_barrier(sched: int) -> None:
-    """A thread reads what one of the other warp has stored to shared memory."""
+    """A thread reads a word that a thread of the other warp has stored to shared memory."""
     out = run(
         """
         mov.u32 %r3, shared;
@@ -157,7 +158,8 @@ def test_threads_meet_at_a_barrier(sched: int) -> None:
 
 
 def test_copies_arrive_in_shared_memory() -> None:
-    """16 bytes a thread, of which 12 are read; of the last lanes, none, from where nothing is."""
+    """16 bytes per thread, of which 12 are read; the last lanes read none, from an illegal
+    address."""
     out = run("""
         st.global.b32 [%rd2], %r1;
         bar.sync 0;
