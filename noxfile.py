@@ -16,7 +16,7 @@ nox.options.error_on_missing_interpreters = False
 nox.options.sessions = ["lint", "types", "tests"]
 
 PINNED = ("-c", "constraints.txt")
-# What tests/test_demo.py reads a model with; see the Makefile for --no-deps.
+# The packages with which tests/test_demo.py reads a model; see the Makefile for --no-deps.
 DEMO = ("transformers", "gguf", "accelerate")
 # The tests of `make oldest`.
 KERNELS = ("tests/kernels/test_stages.py", "tests/kernels/test_compiled.py")

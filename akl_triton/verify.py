@@ -5,9 +5,9 @@ may equal mu to within rounding, and no computation can be asked to decide bette
 and mass must then be those of the oracle with the head that was taken.
 
 Loss and gradient of a row are right if they are no further from the oracle than YARDSTICK times the
-same formulas in fp32, which are the oracle's own code at that dtype, plus an epsilon. The fp32
-gradient is first rounded to the dtype of the student, as it has to be stored. A computation that
-does better can be held to a stricter rule by the arguments of `faults`.
+error of the same formulas in fp32, which are the oracle's own code at that dtype, plus an epsilon.
+The fp32 gradient is first rounded to the dtype of the student, as it has to be stored. A
+computation that does better can be held to a stricter rule by the arguments of `faults`.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ def main() -> None:
 
 @torch.no_grad()
 def distance(student: ByteModel, teacher: ByteModel, tokens: torch.Tensor) -> float:
-    """The mean KL(teacher || student) of a token."""
+    """The mean KL(teacher || student) over the tokens."""
     return float(forward_kl(student(tokens), teacher(tokens)))
 
 

@@ -1,4 +1,4 @@
-"""What the examples share: a text that comes with Python, and language models of its bytes."""
+"""Common to the examples: a text that comes with Python, and language models of its bytes."""
 
 from __future__ import annotations
 
