@@ -27,7 +27,7 @@ TRITON, TORCH = "triton", "torch"
 
 
 class Backend(Protocol):
-    """What a backend does with N = outer * inner rows of logits.
+    """The work of a backend on N = outer * inner rows of logits.
 
     Shape:
         student [outer, inner, V_s], teacher [outer, inner, V_t], unit stride in V; valid [N] bool,
@@ -227,5 +227,5 @@ def resolve_backend(backend: str, device_type: str) -> str:
     return TORCH
 
 
-# What torch.compiler.assume_constant_result does, which would import all of torch._dynamo.
+# torch.compiler.assume_constant_result sets this, too, but imports all of torch._dynamo.
 resolve_backend._dynamo_marked_constant = True  # type: ignore[attr-defined]

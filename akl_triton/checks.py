@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LABEL_DTYPES = (torch.int64, torch.int32)
 LARGEST = torch.finfo(torch.float32).max
-# What to do instead of passing a part of a tensor.
+# The advice where a part of a tensor is passed.
 LOCAL = "pass .full_tensor(), or .to_local() where it is not sharded over the vocabulary"
 DENSE = {
     "AsyncCollectiveTensor": "pass .wait()",
@@ -148,7 +148,7 @@ def check_tokens(
     student: Tensor,
     of: str = "student_logits",
 ) -> None:
-    """Whatever says something of each token has the logits' leading shape, and a fitting dtype."""
+    """Labels, mask and weights have the logits' leading shape, and a fitting dtype."""
     given = {"labels": labels, "mask": mask, "token_weights": token_weights}
     of_tokens = {name: values for name, values in given.items() if values is not None}
     for name, values in of_tokens.items():
@@ -194,7 +194,7 @@ def check_targets(
     ignore_index: int,
     vocabulary: int,
 ) -> None:
-    """Where the loss needs labels they are tokens of the student; looked at on a CPU only."""
+    """Labels that the loss needs are tokens of the student. Their values are read on a CPU only."""
     if not rule.needs_labels:
         return
     name = type(rule.divergence).__name__
@@ -229,7 +229,8 @@ def check_shift(name: str, shift: object) -> int:
 def check_num_items(
     num_items: object, reduction: str, student: Tensor, of: str = "student_logits"
 ) -> float | Tensor | None:
-    """What replaces the count of this batch in the mean; 0, which a step without tokens has, is 1.
+    """The number that replaces the count of this batch in the mean; 0, which a step without tokens
+    has, is taken as 1.
 
     A tensor stays a tensor, so that nobody waits for it."""
     if num_items is None:
@@ -428,13 +429,13 @@ def _unsupported_transform() -> str | None:
     return TRANSFORMED if "Grad" in found else None
 
 
-# What torch.compiler.assume_constant_result sets; calling it would import all of torch._dynamo.
+# torch.compiler.assume_constant_result sets this, too, but imports all of torch._dynamo.
 _unsupported_transform._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _unsupported_derivative(tensor: Tensor) -> str | None:
     functorch = torch._C._functorch
-    # What vmap has wrapped cannot be asked for a tangent.
+    # A tensor that vmap has wrapped cannot be asked for a tangent.
     dual = forward_ad._current_level >= 0 and not functorch.is_batchedtensor(tensor)
     if dual and forward_ad.unpack_dual(tensor).tangent is not None:  # type: ignore[no-untyped-call]
         return FORWARD_MODE

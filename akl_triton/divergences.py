@@ -568,7 +568,8 @@ class AlphaBeta(SumOfTerms):
 
 # The widest vocabulary for which `steepness` holds.
 WIDEST = 2.0**20
-# Where there is no bound: with it `rows.room` is 1, and a gradient in fp16 no larger than it is.
+# The steepness of a divergence without a bound: with it `rows.room` is 1, which leaves a gradient
+# in fp16 as large as it is.
 UNBOUNDED = 2.0**13
 
 
@@ -745,7 +746,7 @@ def check_names(owner: str, given: Iterable[str], known: Iterable[str]) -> None:
 
 
 class Rule(NamedTuple):
-    """What makes a loss of a token's logits: all that a backend has to know but the tensors."""
+    """The rule that makes a loss of logits: all that a backend has to know, besides the tensors."""
 
     divergence: Divergence
     temperature: float = 1.0

@@ -591,6 +591,11 @@ def _divergence(
     c = (z_t / z_s).log()
     forward_kl = p_d / per_nat - c * p_kept
     reverse_kl = c * q_kept - q_d / per_nat
+    # Only where a token is dropped can they be less than 0, but for rounding.
+    if kept is None and shared == p.shape[-1]:
+        forward_kl = forward_kl.clamp(min=0.0)
+    if kept is None and shared == q.shape[-1]:
+        reverse_kl = reverse_kl.clamp(min=0.0)
 
     gap = 0.0 * (z_t + z_s)
     if with_stats or isinstance(rule.divergence, AdaptiveKL):
@@ -708,11 +713,14 @@ def _terms_divergence(
     total = g.sum(-1, keepdim=True)
     # A broken side may hide behind entries that are dropped because of the other.
     broken = (z_t + z_s).isnan()
-    loss = (x + total).nan_to_num(_LARGEST, _LARGEST, -_LARGEST).masked_fill(broken, torch.nan)
+    loss = (x + total).nan_to_num(_LARGEST, _LARGEST).clamp(min=0.0)  # no phi is less than 0
+    loss = loss.masked_fill(broken, torch.nan)
     total = total.nan_to_num(0.0, _LARGEST, -_LARGEST).masked_fill(broken, torch.nan)
     share = _forward_share(loss, rule)
     if isinstance(rule.divergence, _MIXED):
         forward_kl, kept = _forward_kl(entries)
+        if entries[0].no_student is None and chunk.p.shape[-1] == chunk.d.shape[-1]:
+            forward_kl = forward_kl.clamp(min=0.0)  # as no token is dropped
         rest = _rest(share, rule)
         loss = share * forward_kl + rest * loss
         total = rest * total - share * kept

@@ -29,7 +29,7 @@ from .rows import LARGEST_WRITTEN, blocks, damping, empty_result, power_of_two, 
 # 200 flops in the time of a byte (a GPU), and a hundred where it does 10: `python -m bench linear`.
 CHUNK_BYTES = {"cpu": 2**28}
 CHUNK_BYTES_ELSEWHERE = 2**30
-# What is written of fp16 gradients leaves so much room for their sums over the vocabulary.
+# The largest fp16 gradient that is written: its sums over the vocabulary have to fit as well.
 _LARGEST_TERM = 2.0**9
 # The sums over tokens undo the damping, a power of two from 2 up, in the other factor of the
 # product: less this, so that hidden states of any size stay in the range of fp16.

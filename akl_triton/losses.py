@@ -404,7 +404,7 @@ def _loss(
 
 
 def rule_of(divergence: Divergence, options: Any) -> Rule:
-    """What the options of either door make of a token's loss."""
+    """The rule that the options of either door ask for."""
     kd_ratio, temperature = options["kd_ratio"], options["temperature"]
     return Rule(
         divergence,
@@ -445,13 +445,13 @@ def rows_that_count(
     factor = _of_reduction(tokens, valid, options["reduction"], num_items)
     if weights is not None:
         weights = _shifted(weights.float(), shift, 0.0)
-        # What an ignored token weighs does not matter, not even if it is NaN.
+        # The weight of an ignored token does not matter, not even if it is NaN.
         factor = factor * (weights if valid is None else weights.where(valid, 0.0)).reshape(-1)
     return None if valid is None else valid.reshape(-1), targets, factor
 
 
 def _shifted(of_tokens: Tensor, shift: int, value: float) -> Tensor:
-    """What stands `shift` positions on; `value` behind the end."""
+    """The tensor moved by `shift` positions towards the start, filled with `value` at the end."""
     if not shift:
         return of_tokens
     # Padded before it is cut: a sequence may be shorter than the shift, or of symbolic length.

@@ -26,7 +26,7 @@ BACKENDS: tuple[Backend, ...] = ("auto", "triton", "torch")
 
 
 class Option(NamedTuple):
-    """What is known of an option besides its name and type."""
+    """An option, but for its name and type."""
 
     default: Any
     text: str

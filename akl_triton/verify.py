@@ -35,7 +35,7 @@ MU_SLACK = 2e-6
 # Relative error allowed in a sum of fp32 probabilities; the weight's error is this over the gap.
 MASS_ERROR = 4e-6
 YARDSTICK = 2.0
-# What fp32 can lose where the yardstick happens to lose nothing: a few roundings of a probability.
+# The error that fp32 may have where the yardstick happens to have none: a few roundings.
 EPSILON = 1e-6
 # Below this gap the weight of a row is rounding: any is as good as another.
 NO_GAP = 1e-5

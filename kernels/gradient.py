@@ -137,8 +137,8 @@ def row_gradient(
     scale_t, gain_t, scale_s, gain_s, scale_1,  # of `scaled`
     full_end,  # of the divergence
     lse_t, lse_s, lse_1,
-    # Of the KLs (slope, offset, teacher, lost, ds at a label that is apart, 0); of terms (rate, G
-    # or mean, shift, factor_s, and the factors of p and q for a forward KL that is mixed in).
+    # For the KLs: slope, offset, teacher, lost, ds at a label that is apart, 0. For terms: rate, G
+    # or mean, shift, factor_s, and the factors of p and q for a forward KL that is mixed in.
     coefficients,
     of_label,  # by which softmax(s), T = 1, is multiplied, where it is not in offset and lost
     label, label_rate,  # by which 1 is, at the label

@@ -213,7 +213,7 @@ def _pivots_around(x, distance, dtype: tl.constexpr):
 
 @triton.jit
 def _interpolated(low_value, high_value, mass_low, mass_high, target, scale, gain, base, reference):
-    """Where a straight line between the bracket's ends reaches `target`, and the expected error."""
+    """The logit where a line between the bracket's ends reaches `target`, and its likely error."""
     width = high_value - low_value
     share = (mass_low - target) / (mass_low - mass_high)
     x = low_value + width * share
@@ -330,7 +330,7 @@ def _search(
 
 @triton.jit
 def _cut_behind(t_row, lead, end_t, crossing, taken, ties, BLOCK: tl.constexpr):
-    """Offset that has `taken` of the logits equal to `crossing` before it and the others behind.
+    """The offset before which `taken` of the logits equal to `crossing` stand, the others behind.
 
     The row is walked from the end that is nearer in ties, CHUNK blocks at a time, until it is seen
     where they part; a lane notes the blocks of its own ties as bits, with their count above."""

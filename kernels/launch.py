@@ -256,7 +256,8 @@ def _addressing(student, teacher, gradient) -> dict:
 
 
 def _lead(logits) -> tuple[int, int, int]:
-    """Where rows stand between 16-byte boundaries (of 2-byte elements): the first, the steps."""
+    """The position of rows between 16-byte boundaries, in elements of 2 bytes: that of the first,
+    and the steps to the next ones."""
     base = logits.data_ptr() // logits.element_size()
     outer = logits.stride(0) if logits.shape[0] > 1 else 0
     return base % 8, outer % 8, logits.stride(1) % 8

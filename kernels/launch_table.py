@@ -1,4 +1,4 @@
-"""Which block and how many warps a vocabulary size gets: the only place that decides it."""
+"""The block and the warps that a vocabulary size gets: the only place that decides them."""
 
 from typing import NamedTuple
 
@@ -29,7 +29,7 @@ REGISTERS = {
     "gradient of terms": 56,
 }
 
-# What AKL_AUTOTUNE=1 chooses from.
+# The launches that AKL_AUTOTUNE=1 times.
 CANDIDATES: tuple[Launch, ...] = tuple(
     Launch(block, warps) for block in (1024, 2048, 4096) for warps in (4, 8, 16)
 )

@@ -128,6 +128,7 @@ def forward_kernel(
             loss = alpha * forward_kl + (0.5 * beta * LN2 * LN2) * variance
         elif TERMS is not None:
             loss = (total_x + total_g) * LN2
+            loss = tl.where(loss < 0.0, 0.0, loss)  # which no phi is
             if HYBRID:
                 w = tl.exp2((loss - 1.0) * (eta * LOG2E))
                 loss = w * forward_kl + (1.0 - w) * loss
@@ -195,7 +196,7 @@ def forward_kernel(
                 of_label = tl.exp2(-correction) * label_rate
             if APART:
                 of_label *= not_label
-            # Whatever stands where the label is no token is NaN, as is the loss.
+            # A label that is no token makes the loss NaN, and all of the gradient with it.
             of_label = tl.where(loss == loss, of_label, float("nan"))
         if TERMS is not None:
             of_terms = factor_s * LN2 * rate

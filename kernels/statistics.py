@@ -220,6 +220,9 @@ def row_statistics(
     # LN2 first: a mean next to the largest number stays finite.
     forward_kl = LN2 * (forward / z_t) - LN2 * shift * kept_p
     reverse_kl = LN2 * shift * kept_q - LN2 * (reverse / z_s)
+    # Only where a token is dropped can they be less than 0, but for rounding.
+    forward_kl = tl.where((lost_t == 0.0) & (forward_kl < 0.0), 0.0, forward_kl)
+    reverse_kl = tl.where((lost_s == 0.0) & (reverse_kl < 0.0), 0.0, reverse_kl)
     entropy_t = LN2 * (tl.log2(z_t) - log_t / z_t)
     entropy_s = LN2 * (tl.log2(z_s) - log_s / z_s)
     agreement = 0.0

@@ -219,7 +219,7 @@ def test_near_equality(divergence: SumOfTerms) -> None:
         student = teacher + noise * torch.randn(teacher.shape, generator=generator(8))
         for temperature in TEMPERATURES:
             loss = forward(student, teacher, divergence, temperature=temperature).loss
-            assert (loss >= -1e-7).all()
+            assert (loss >= 0.0).all()
             if not isinstance(divergence, TotalVariation):
                 check(student, teacher, divergence, temperature)
 
@@ -398,7 +398,7 @@ def test_finite_logits_give_finite_results(divergence: SumOfTerms, dtype: torch.
     ):
         result, gradient = run(student, teacher, divergence, temperature=temperature, maps=maps)
         assert result.loss.isfinite().all(), (temperature, name)
-        assert (result.loss >= -1e-7).all(), (temperature, name)
+        assert (result.loss >= 0.0).all(), (temperature, name)
         if dtype != torch.float16:
             assert gradient.isfinite().all(), (temperature, name)
 

@@ -46,7 +46,8 @@ HELD_OUT = 8  # sequences that no student is trained on
 FIRST, LAST = 3, 9  # layers the student keeps: dropping a block from within hurts the least
 LEARNING_RATE = 1e-3
 EVALUATIONS = 6  # on each curve, after the first
-# Of the logits held at a time. The head is frozen: there is no sum of dW to make small chunks dear.
+# Bytes of logits that are held at a time. The lm_head is frozen, so that no sum of dW makes small
+# chunks expensive.
 CHUNK_BYTES = 2**25
 
 Tokenize = Callable[[str], list[int]]

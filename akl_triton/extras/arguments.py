@@ -1,4 +1,4 @@
-"""What the doors of this package have in common: checks of their arguments, and the reduction."""
+"""The checks and the reduction that all functions of this package share."""
 
 from __future__ import annotations
 

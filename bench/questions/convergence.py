@@ -85,6 +85,16 @@ def _errors(
     }
 
 
+def failures(data: dict[str, Any]) -> list[str]:
+    """No divergence is negative, whatever its rounding."""
+    return [
+        f"{point['divergence']} of the {point['by']} at a distance of {point['distance']:g}: "
+        f"a loss of {point['lowest_loss']:.1e}"
+        for point in data["points"]
+        if point["by"] != FORMULA and not point["lowest_loss"] >= 0.0
+    ]
+
+
 def _series(data: dict[str, Any], divergence: str, by: str, figure: str) -> list[float]:
     return [
         point[figure]

@@ -92,16 +92,13 @@ def test_every_kind_of_row(divergence: SumOfTerms, device: torch.device) -> None
 
 @pytest.mark.parametrize("divergence", MEMBERS, ids=str)
 def test_near_convergence(divergence: SumOfTerms, device: torch.device) -> None:
-    """Down to differences of 1e-6 no loss is below -1e-7, and the gradient is right.
-
-    Powers are divided by their exponents, and so is their rounding."""
+    """Down to differences of 1e-6 no loss is negative, and the gradient is right."""
     g = torch.Generator().manual_seed(0)
     distances = torch.tensor([1e-2, 1e-3, 1e-4, 1e-5, 1e-6])[:, None]
     teacher = 3 * torch.randn(len(distances), V, generator=g)
     student = teacher + distances * torch.randn(len(distances), V, generator=g)
     upstream = torch.ones(len(distances))
     loss, gradient = run(divergence, *(x.to(device) for x in (student, teacher, upstream)))
-    exponent = min(1.0, *map(abs, divergence.numbers)) if divergence.name == "alpha_beta" else 1.0
-    assert (loss >= -1e-7 / exponent).all(), loss
+    assert (loss >= 0.0).all(), loss
     found = faults(loss, gradient, exact(divergence, student, teacher))
     assert not found, "\n".join(found)

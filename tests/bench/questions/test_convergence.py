@@ -11,6 +11,7 @@ import pytest
 
 from akl_triton import AdaptiveKL, ForwardKL, eager
 from bench.questions import convergence
+from bench.store import load
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="interpreted kernels have no FMA"
@@ -32,9 +33,17 @@ def test_errors_grow_as_the_student_nears_the_teacher(data: dict[str, Any], tmp_
             errors = convergence._series(data, name, by, "gradient_error")
             assert errors[0] < 1e-6 and errors == sorted(errors) and errors[-1] < 0.1
             assert max(convergence._series(data, name, by, "loss_error")) < 1e-6
+    assert convergence.failures(data) == []
     assert convergence.markdown(data).count("| `adaptive_kl` |") == 1
     convergence.plot(data, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 10_000
+
+
+def test_the_stored_answer_has_no_negative_loss() -> None:
+    stored = load("convergence")
+    assert convergence.failures(stored) == []
+    stored["points"][0]["lowest_loss"] = -1e-9
+    assert len(convergence.failures(stored)) == 1
 
 
 def test_a_wrong_gradient_is_an_error(
