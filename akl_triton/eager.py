@@ -17,7 +17,6 @@ from functools import partial
 from typing import NamedTuple, TypeAlias
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from . import terms, workers
@@ -33,7 +32,6 @@ from .divergences import (
     SumOfTerms,
     TwoKL,
 )
-from .kernels.layout import STATE_WIDTH
 from .rows import LogitMap, RowResult, blocks, damping
 from .terms import LARGEST_DIFFERENCE, LARGEST_LOG, LARGEST_U
 
@@ -59,9 +57,9 @@ class _Chunk(NamedTuple):
     d: Tensor  # [R, V] (t - max t) - (s - max s), of the logits that the maps give
     p: Tensor  # [R, V_t] exp((t - max t) / T)
     q: Tensor  # [R, V_s] exp((s - max s) / T)
-    x: Tensor  # [R, V_t] t - max t, of which d takes the place where the loss is of the two KLs
-    y: Tensor  # [R, V_s] s - max s, in spare[0]
-    spare: Tensor  # [3, R, max(V_s, V_t)] free for use, but for spare[1] where d is there
+    x: Tensor  # [R, V_t] t - max t, of which p takes the place where the loss is of the two KLs
+    y: Tensor  # [R, V_s] s - max s, in spare[0], or of the two KLs in the place of q
+    spare: Tensor  # [3, R, max(V_s, V_t)] free for use, but for y and for d, in spare[1]
 
 
 class _Slope(NamedTuple):
@@ -154,7 +152,7 @@ def forward(
             made = _with_all_tokens(s, t, cross_entropy, rows, rule, spaces, with_stats)
         result.loss[rows] = made.loss.squeeze(-1)
         state = torch.cat(made.state, dim=-1)
-        result.state[rows] = F.pad(state, (0, STATE_WIDTH - state.shape[-1]))
+        result.state[rows, : state.shape[-1]] = state
         if with_stats:
             result.stats[rows] = torch.cat(made.stats, dim=-1)
         if upstream is not None and by_row is not None:
@@ -163,6 +161,7 @@ def forward(
                 scale = scale / damping(made.loss.squeeze(-1))
             _write(made.gradient(), scale, by_row, rows)
 
+    result.state.zero_()  # not all of its columns are written
     _for_each_chunk(work, student, teacher, valid)
     for rows_of in (result.loss, result.state, *((result.stats,) if with_stats else ())):
         _clear_invalid(rows_of, valid)
@@ -190,16 +189,17 @@ def backward(
         if isinstance(rule.divergence, DKD):
             assert labels is not None
             label, s, t = _apart(s, t, labels, rows)
-        chunk = _exponentials(s, t, max_t, max_s, rule, spaces)
         if isinstance(rule.divergence, TwoKL):
+            slope = _Slope(*constants[: len(_Slope._fields)])
+            in_nats = _any(slope.careful)
+            with_d = in_nats or rule.divergence.fixed_weight != 1.0
+            chunk, *_ = _exponentials(s, t, max_t, max_s, rule, spaces, with_d)
             if isinstance(rule.divergence, DKD):
                 _leave_out(chunk, label)
-            slope = _Slope(*constants[: len(_Slope._fields)])
-            kept = None
-            if _any(slope.careful):
-                kept = _nats(chunk.d, s, t, rule.temperature)
+            kept = _nats(chunk.d, s, t, rule.temperature) if in_nats else None
             of_student = _gradient(chunk, slope, kept, s, rule)
         else:
+            chunk, *_ = _exponentials(s, t, max_t, max_s, rule, spaces)
             terms_slope = _TermsSlope(*constants[: len(_TermsSlope._fields)])
             z_t, z_s, _, share, careful = terms_slope
             entries = _entries(chunk, s, t, z_t, z_s, rule, _any(careful))
@@ -226,8 +226,7 @@ def _with_all_tokens(
     with_stats: bool,
 ) -> _Made:
     """R rows of any divergence but `DKD`."""
-    max_t, max_s = teacher.amax(-1, keepdim=True).float(), student.amax(-1, keepdim=True).float()
-    chunk = _exponentials(student, teacher, max_t, max_s, rule, spaces)
+    chunk, max_t, max_s = _exponentials(student, teacher, None, None, rule, spaces)
     more = _statistics_of_sides(chunk, student, teacher, max_s, max_t) if with_stats else ()
     of_labels, z_1 = _row_cross_entropy(chunk, student, max_s, cross_entropy, rows, rule)
     q_weight = cross_entropy.weight if cross_entropy and cross_entropy.is_of_q else 0.0
@@ -243,7 +242,8 @@ def _with_all_tokens(
             sums = _terms_stats(entries, loss, terms_slope.share, rule)
         constants = terms_slope
         of_divergence = partial(_terms_gradient, chunk, terms_slope, g, student, rule)
-    loss = loss * rule.divergence_weight
+    if rule.divergence_weight != 1.0:
+        loss = loss * rule.divergence_weight
     if cross_entropy is not None:
         loss = loss + of_labels * cross_entropy.weight
 
@@ -390,38 +390,52 @@ def _clear_invalid(x: Tensor, valid: Tensor | None) -> None:
 def _exponentials(
     student: Tensor,
     teacher: Tensor,
-    max_t: Tensor,
-    max_s: Tensor,
+    max_t: Tensor | None,
+    max_s: Tensor | None,
     rule: Rule,
     spaces: Tensor,
-) -> _Chunk:
+    with_d: bool = True,
+) -> tuple[_Chunk, Tensor, Tensor]:
+    """The chunk, and the maxima, which are looked for where they are not given.
+
+    Without d, what is in its place is not defined."""
     rows, v_t, v_s = teacher.shape[0], teacher.shape[-1], student.shape[-1]
-    x, p = spaces[:2, :rows, :v_t]
-    q, y = spaces[2:4, :rows, :v_s]
-    spare, shared = spaces[3:, :rows], min(v_t, v_s)
-    _below_maximum(teacher, max_t, rule.teacher_map, out=x)
-    _below_maximum(student, max_s, rule.student_map, out=y)
+    first, p, q, *_ = spaces[:, :rows].unbind()
+    p, q, spare, shared = p[:, :v_t], q[:, :v_s], spaces[3:, :rows], min(v_t, v_s)
+    if isinstance(rule.divergence, TwoKL):
+        x, y, d = p, q, first[:, :shared]
+    else:
+        x, y, d = first[:, :v_t], spare[0, :, :v_s], spare[1, :, :shared]
+    max_t = _below_maximum(teacher, max_t, rule.teacher_map, out=x)
+    max_s = _below_maximum(student, max_s, rule.student_map, out=y)
+    if with_d:
+        torch.sub(x[:, :shared], y[:, :shared], out=d)
     # exp2 is vectorised everywhere, exp only at half its speed.
     torch.mul(x, _LOG2_E / rule.temperature, out=p).exp2_()
     torch.mul(y, _LOG2_E / rule.temperature, out=q).exp2_()
-    d = (x if isinstance(rule.divergence, TwoKL) else spare[1])[:, :shared]
-    torch.sub(x[:, :shared], y[:, :shared], out=d)
-    return _Chunk(d, p, q, x, y, spare)
+    return _Chunk(d, p, q, x, y, spare), max_t, max_s
 
 
-def _below_maximum(x: Tensor, maximum: Tensor, logit_map: LogitMap, out: Tensor) -> None:
-    """The logits of x [R, V], less that of `maximum` [R, 1], into out [R, V] fp32."""
+def _below_maximum(x: Tensor, maximum: Tensor | None, logit_map: LogitMap, out: Tensor) -> Tensor:
+    """The logits of x [R, V], less that of `maximum` [R, 1], into out [R, V] fp32.
+
+    Gives the maximum, that of x where it is None."""
     softcap, scale = logit_map
+    # PyTorch converts much faster than it computes with two dtypes, or finds a maximum in 16 bits.
+    wide = x if x.dtype == out.dtype else out.copy_(x)
+    if maximum is None:
+        maximum = wide.amax(-1, keepdim=True)
     if softcap is None:
         # Before the difference, which may be beyond fp32; a power of two, which rounds nothing.
         power = _power_of_two(min(scale, 1.0))
-        torch.add(maximum * -power, x, alpha=power, out=out)
+        torch.add(maximum * -power, wide, alpha=power, out=out)
         if scale != power:
             out.mul_(scale / power)
-        return
-    out.copy_(x).mul_(_gain(logit_map)).tanh_().mul_(softcap)
+        return maximum
+    torch.mul(wide, _gain(logit_map), out=out).tanh_().mul_(softcap)
     # Before the difference, so that a row with nothing finite is NaN.
     out.masked_fill_(x == -torch.inf, -torch.inf).sub_(_mapped(maximum, logit_map))
+    return maximum
 
 
 def _mapped(x: Tensor, logit_map: LogitMap) -> Tensor:
@@ -453,7 +467,7 @@ def _statistics_of_sides(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The entropies of q and p, and whether some token is a most probable one of both; [R, 1]."""
     of_student, of_teacher = (
-        _entropy(masses, masses.sum(-1, keepdim=True), out=chunk.spare[2])
+        _entropy(masses, masses.sum(-1, keepdim=True), out=chunk.spare[-1])
         for masses in (chunk.q, chunk.p)
     )
     shared = chunk.d.shape[-1]
@@ -500,10 +514,10 @@ def _row_cross_entropy(
 def _softmax_of_labels(
     chunk: _Chunk, student: Tensor, max_s: Tensor, cross_entropy: _CrossEntropy, rule: Rule
 ) -> Tensor:
-    """exp(s - max s) at T = 1 [R, V_s], where that is not the chunk's q in chunk.spare[2]."""
+    """exp(s - max s) at T = 1 [R, V_s], where that is not the chunk's q in chunk.spare[-1]."""
     if cross_entropy.is_of_q:
         return chunk.q
-    space = chunk.spare[2, :, : student.shape[-1]]
+    space = chunk.spare[-1, :, : student.shape[-1]]
     _below_maximum(student, max_s, rule.student_map, out=space)
     return space.mul_(_LOG2_E * cross_entropy.unit).exp2_()
 
@@ -536,8 +550,7 @@ def _add_label_gradient(
     if not cross_entropy.is_of_q:
         softmax = _softmax_of_labels(chunk, student, max_s, cross_entropy, rule).div_(z_1)
         if rule.student_map.softcap is not None:
-            space = chunk.spare[1, :, : softmax.shape[-1]]
-            softmax.mul_(_chain(student, rule.student_map, out=space))
+            softmax.mul_(_chain(student, rule.student_map, out=torch.empty_like(softmax)))
         gradient.add_(softmax, alpha=rate)
     gradient.scatter_add_(-1, token, of_label)
     if _any(~known):
@@ -557,7 +570,7 @@ def _divergence(
 
     To the gradient, q times q_weight is added, as the cross-entropy needs it at T = 1. Without
     statistics a KL of weight 0 is not made, nor the gap where no weight needs it: they are not what
-    `_Sums` says then, but finite where the row is."""
+    `_Sums` says then, but such a KL is finite where the row is."""
     assert isinstance(rule.divergence, TwoKL)
     weight = rule.divergence.fixed_weight
     d, p, q, _, _, spare = chunk
@@ -597,7 +610,7 @@ def _divergence(
     if kept is None and shared == q.shape[-1]:
         reverse_kl = reverse_kl.clamp(min=0.0)
 
-    gap = 0.0 * (z_t + z_s)
+    gap = mass = size = torch.full_like(z_t, torch.nan)
     if with_stats or isinstance(rule.divergence, AdaptiveKL):
         # |p - q|, in units of 1/z_t.
         torch.mul(q_shared, z_t / z_s, out=product).sub_(p_shared)
@@ -606,24 +619,28 @@ def _divergence(
         only_student = q[:, shared:].sum(-1, keepdim=True) * (z_t / z_s)
         gap = distance.sum(-1, keepdim=True) + only_student
 
-    mass = size = torch.full_like(gap, torch.nan)
     if isinstance(rule.divergence, EntropySwitch):
-        w = (_entropy(p, z_t, out=spare[1]) > rule.divergence.tau).float()
+        w = (_entropy(p, z_t, out=spare[-1]) > rule.divergence.tau).float()
     elif weight is None:
         g_head, mass, size = _head(chunk, teacher, max_t, z_t, rule)
         w = torch.where(gap == 0.0, 0.5, g_head / gap).clamp(max=1.0)
     else:
         w = torch.full_like(gap, weight)
-    w, mass, size = (x.masked_fill(gap.isnan(), torch.nan) for x in (w, mass, size))
+    if with_stats:
+        w, mass, size = (x.masked_fill(gap.isnan(), torch.nan) for x in (w, mass, size))
 
     sums = _Sums(forward_kl, reverse_kl, w, mass, size, gap / z_t)
     of_forward = rule.divergence_weight * w
     of_reverse = rule.divergence_weight * _reverse_weight(w, rule)
+    of_q = of_q_dropped = of_forward * p_kept + q_weight
+    if kept is not None or shared < q.shape[-1]:  # or else q_kept is 1, and nothing is dropped
+        of_q_dropped = of_q - of_reverse * (q_kept + reverse_kl)
+        of_q = of_q + of_reverse * (1.0 - q_kept) * (1.0 + c)
     slope = _Slope(
         center=q_d,
         k=of_reverse / per_nat / z_s,
-        a=(of_forward * p_kept + of_reverse * (1.0 - q_kept) * (1.0 + c) + q_weight) / z_s,
-        a_dropped=(of_forward * p_kept - of_reverse * (q_kept + reverse_kl) + q_weight) / z_s,
+        a=of_q / z_s,
+        a_dropped=of_q_dropped / z_s,
         b=of_forward / z_t,
         careful=torch.full_like(w, kept is not None),
     )
@@ -639,13 +656,13 @@ def _gradient(
     d, p, q = chunk.d, chunk.p[:, : chunk.d.shape[-1]], chunk.q
     shared = d.shape[-1]
     if rule.student_map.softcap is not None:
-        chain = _chain(student, rule.student_map, out=chunk.spare[2, :, : q.shape[-1]])
+        chain = _chain(student, rule.student_map, out=chunk.spare[-1, :, : q.shape[-1]])
         q.mul_(chain)
         p.mul_(chain[:, :shared])
     q_shared = q[:, :shared]
     if weight != 1.0:
         # Both addends of k are of the size of their difference, which is 0 where q is 1.
-        d.sub_(slope.center).mul_(q_shared).mul_(-slope.k)
+        d.sub_(slope.center).mul_(q_shared)
     factor = slope.a
     if kept is not None:
         d.mul_(kept)
@@ -653,9 +670,9 @@ def _gradient(
         factor = kept.mul_(slope.a - slope.a_dropped).add_(slope.a_dropped)
     q_shared.mul_(factor)
     if weight != 1.0:
-        q_shared.add_(d)
+        q_shared.addcmul_(d, slope.k, value=-1.0)
     if weight != 0.0:
-        q_shared.sub_(p.mul_(slope.b))
+        q_shared.addcmul_(p, slope.b, value=-1.0)
     q[:, shared:].mul_(slope.a_dropped)
     return _at_rate(q, rule, held=kept is not None)
 
@@ -680,8 +697,10 @@ def _write(gradient: Tensor, upstream: Tensor, out: Tensor, rows: _Rows) -> None
     view = _view(out, rows)
     if view is None:
         out[_places(out, rows)] = gradient.mul_(upstream.float()[:, None]).to(out.dtype)
-    else:
+    elif out.dtype == gradient.dtype:
         torch.mul(gradient, upstream.float()[:, None], out=view)
+    else:  # the product in another dtype would first be written elsewhere
+        view.copy_(gradient.mul_(upstream.float()[:, None]))
 
 
 def _rate(rule: Rule) -> float:
@@ -922,7 +941,7 @@ def _with_label_apart(
     max_t, max_s = teacher.amax(-1, keepdim=True).float(), student.amax(-1, keepdim=True).float()
     no_others = max_t == -torch.inf, max_s == -torch.inf
     max_t, max_s = (x.masked_fill(no, 0.0) for x, no in zip((max_t, max_s), no_others, strict=True))
-    chunk = _exponentials(student, teacher, max_t, max_s, rule, spaces)
+    chunk, *_ = _exponentials(student, teacher, max_t, max_s, rule, spaces)
     z_1 = torch.ones_like(max_s)
     if cross_entropy is not None:
         z_1 = _softmax_of_labels(chunk, student, max_s, cross_entropy, rule).sum(-1, keepdim=True)
