@@ -37,9 +37,8 @@ from .terms import LARGEST_DIFFERENCE, LARGEST_LOG, LARGEST_U
 
 # Budget for the temporaries of a call; at least one row is taken.
 TEMPORARY_BYTES = 64 * 2**20
-_BYTES_PER_LOGIT = 64  # of temporaries at worst: work spaces, masks, a sort and its fp64 sums
-_CPU_CHUNK = 2**18  # logits in one work space on a CPU: the six of them stay near its cache
-_SMALL_CHUNK = 2**16  # and where there are too few rows for that to occupy `_FEW` threads
+_CHUNK_BYTES = 16 * 2**20  # of that for a thread of a CPU, whose work spaces stay near its cache
+_SMALL_CHUNK = 2**16  # logits in one of them where rows are too few to occupy `_FEW` threads
 _FEW = 8
 _SAMPLE = 256  # tokens that stand for a row when the head's last logit is guessed
 _LOG2_E = math.log2(math.e)
@@ -51,6 +50,17 @@ _STEEP = 2.0**20  # and everything where a unit of the logits is this many nats
 _Rows: TypeAlias = slice | Tensor  # a run of rows, or the indices of scattered ones
 
 
+class _Needs(NamedTuple):
+    """Temporaries of a chunk: fp32 work spaces, and bytes per logit of all there is at worst."""
+
+    spaces: int
+    bytes: int
+
+
+_OF_TWO_KL = _Needs(4, 36)  # besides the spaces, masks and copies of rows that are scattered
+_OF_OTHERS = _Needs(6, 64)  # also what terms are made of, or a sort and its fp64 sums
+
+
 class _Chunk(NamedTuple):
     """The exponentials of R rows relative to their maxima; V is the vocabulary both sides share."""
 
@@ -59,7 +69,7 @@ class _Chunk(NamedTuple):
     q: Tensor  # [R, V_s] exp((s - max s) / T)
     x: Tensor  # [R, V_t] t - max t, of which p takes the place where the loss is of the two KLs
     y: Tensor  # [R, V_s] s - max s, in spare[0], or of the two KLs in the place of q
-    spare: Tensor  # [3, R, max(V_s, V_t)] free for use, but for y and for d, in spare[1]
+    spare: Tensor  # [1 or 3, R, max(V_s, V_t)] free for use, but for y and for d, in spare[1]
 
 
 class _Slope(NamedTuple):
@@ -162,7 +172,7 @@ def forward(
             _write(made.gradient(), scale, by_row, rows)
 
     result.state.zero_()  # not all of its columns are written
-    _for_each_chunk(work, student, teacher, valid)
+    _for_each_chunk(work, student, teacher, valid, _needs(rule))
     for rows_of in (result.loss, result.state, *((result.stats,) if with_stats else ())):
         _clear_invalid(rows_of, valid)
     if by_row is not None:
@@ -212,7 +222,7 @@ def backward(
             _put(of_student, label.token, constants[len(_Slope._fields)])
         _write(of_student, upstream[rows], by_row, rows)
 
-    _for_each_chunk(work, student, teacher, valid)
+    _for_each_chunk(work, student, teacher, valid, _needs(rule))
     _clear_invalid(by_row, valid)
 
 
@@ -297,25 +307,28 @@ def _for_each_chunk(
     student: Tensor,
     teacher: Tensor,
     valid: Tensor | None,
+    needs: _Needs,
 ) -> None:
-    """work(rows, spaces) for runs of R rows that count, with [6, R, max(V_s, V_t)] fp32 of its own.
+    """work(rows, spaces) for runs of R rows that count, each with work spaces of its own: fp32
+    [needs.spaces, R, max(V_s, V_t)].
 
     How rows are cut into runs must not depend on the number of threads: a row's rounding may depend
     on those that are computed with it."""
     n, vocabulary = student.shape[0] * student.shape[1], max(student.shape[-1], teacher.shape[-1])
-    within_budget = max(TEMPORARY_BYTES // (_BYTES_PER_LOGIT * vocabulary), 1)
+    bytes_of_row = needs.bytes * vocabulary
+    within_budget = max(TEMPORARY_BYTES // bytes_of_row, 1)
     step, threads, counting = within_budget, 1, None
     if _sync_is_free(student):
         if valid is not None:
             counting = valid.nonzero().flatten()
             n = len(counting)
-        step = min(_CPU_CHUNK // vocabulary, max(n // _FEW, _SMALL_CHUNK // vocabulary))
+        step = min(_CHUNK_BYTES // bytes_of_row, max(n // _FEW, _SMALL_CHUNK // vocabulary))
         step = max(min(step, within_budget), 1)
         threads = torch.get_num_threads()
     chunks = _runs(n, step, counting)
 
     def spaces(threads: int) -> Tensor:
-        shape = threads, 6, min(step, n), vocabulary
+        shape = threads, needs.spaces, min(step, n), vocabulary
         return torch.empty(shape, dtype=torch.float32, device=student.device)
 
     if threads > 1 and chunks:  # also for a single chunk, which is then as it is in one thread
@@ -325,6 +338,11 @@ def _for_each_chunk(
     space = spaces(1)[0]
     for rows in chunks:
         work(rows, space)
+
+
+def _needs(rule: Rule) -> _Needs:
+    with_head = isinstance(rule.divergence, AdaptiveKL)
+    return _OF_TWO_KL if isinstance(rule.divergence, TwoKL) and not with_head else _OF_OTHERS
 
 
 def _runs(n: int, step: int, counting: Tensor | None) -> list[_Rows]:

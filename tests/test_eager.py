@@ -500,8 +500,9 @@ def test_the_same_run_twice_is_bitwise_equal() -> None:
 @pytest.mark.parametrize("budget", [2**22, 2**26])
 @pytest.mark.parametrize("kind", ["random", "equal", "two values", "forbidden", "scattered"])
 @pytest.mark.parametrize("looking", [True, False])
+@pytest.mark.parametrize("weight", [None, 0.5])
 def test_temporaries_stay_within_the_budget(
-    kind: str, budget: int, looking: bool, monkeypatch: pytest.MonkeyPatch
+    kind: str, budget: int, looking: bool, weight: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(eager, "TEMPORARY_BYTES", budget)
     monkeypatch.setattr(eager, "_sync_is_free", lambda x: looking)
@@ -518,7 +519,7 @@ def test_temporaries_stay_within_the_budget(
     grad = torch.empty_like(student)
 
     def both_ways() -> None:
-        result = torch_backend.forward(student, teacher, valid, weight=None, **DEFAULTS._asdict())
+        result = torch_backend.forward(student, teacher, valid, weight=weight, **DEFAULTS._asdict())
         torch_backend.backward(
             torch.ones(48), student, teacher, valid, result.state, temperature=1.0, out=grad
         )
