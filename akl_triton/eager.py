@@ -17,6 +17,7 @@ from functools import partial
 from typing import NamedTuple, TypeAlias
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import terms, workers

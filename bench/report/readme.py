@@ -98,18 +98,28 @@ def logits() -> str:
 
 def on_a_cpu() -> str:
     """Time and memory of the PyTorch backend, and memory of the losses of hidden states."""
-    real, linear = (load(name)["data"] for name in ("on_real_logits", "linear"))
+    real, linear, compiled = (
+        load(name)["data"] for name in ("on_real_logits", "linear", "compiled")
+    )
     case = real["cases"][0]
     ours, authors = case["costs"]["PyTorch backend"], case["costs"]["authors"]
     share = ours["temporaries_mib"] / authors["temporaries_mib"]
     peaks = {row["name"]: row["peak_bytes"] for row in linear["methods"] if "peak_bytes" in row}
     *_, of_authors = peaks.values()
+    (plain,) = (
+        case
+        for case in compiled["cases"]
+        if (case["loss"], case["dtype"]) == ("forward_kl", "bfloat16")
+    )
     return _paragraph(
         f"For {real['rows']} real rows of V = {real['vocabulary']:,} in {_short(case['dtype'])} "
         f"the PyTorch backend takes {ours['milliseconds']:,.0f} ms ({real['threads']} threads) "
         f"where the authors' code takes {authors['milliseconds']:,.0f} ms, and a thread "
-        f"of it holds {share:.2f} of their temporaries: `python -m bench on_real_logits`. From "
-        "hidden states, "
+        f"of it holds {share:.2f} of their temporaries: `python -m bench on_real_logits`. "
+        "`forward_kl`, which holds nothing of the logits' size, takes "
+        f"{plain['ours'] / plain['compiled']:.1f} times as long as its plain formula under "
+        "`torch.compile`, each in one thread: `python -m bench compiled`. "
+        "From hidden states, "
         f"the loss of {linear['tokens']:,} tokens of that vocabulary and all its gradients peak "
         f"at {peaks['linear_adaptive_kl'] / MIB:,.0f} MiB where the authors' code on all "
         f"logits needs {of_authors / MIB:,.0f} MiB: `python -m bench linear`."

@@ -39,6 +39,7 @@ def test_no_figure_stands_outside_of_the_blocks() -> None:
         ("on_real_logits", '"milliseconds": ', '"milliseconds": 9'),
         ("on_real_logits", '"temporaries_mib": ', '"temporaries_mib": 9'),
         ("linear", '"peak_bytes": ', '"peak_bytes": 9'),
+        ("compiled", '"ours": ', '"ours": 9'),
         ("operators", '"bytes": ', '"bytes": 9'),
         ("demo", '"forward_kl": ', '"forward_kl": 9'),
         ("demo", '"all logits": ', '"all logits": 9'),
