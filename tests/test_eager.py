@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from akl_triton import AdaptiveKL, MixedKL, eager
+from akl_triton import AdaptiveKL, MixedKL, eager, eager_chunks
+from akl_triton.eager_head import SAMPLE
 from akl_triton.kernels.layout import STATISTICS
 from akl_triton.reference import (
     Head,
@@ -227,7 +228,7 @@ def test_logits_of_large_magnitude(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("offset", [0, 1])
 def test_a_sample_that_misleads(offset: int) -> None:
     """All mass is on the tokens that are sampled, or on none of them: the proof must catch it."""
-    vocabulary, stride = 8192, 8192 // eager._SAMPLE
+    vocabulary, stride = 8192, 8192 // SAMPLE
     student, teacher = torch.randn(2, 4, vocabulary, generator=generator(9))
     teacher[0, offset::stride] += 20.0
     teacher[1, offset::stride] -= 20.0
@@ -505,7 +506,8 @@ def test_temporaries_stay_within_the_budget(
     kind: str, budget: int, looking: bool, weight: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(eager, "TEMPORARY_BYTES", budget)
-    monkeypatch.setattr(eager, "_sync_is_free", lambda x: looking)
+    if not looking:
+        torch_backend.never_look(monkeypatch)
     student, teacher = torch.randn(2, 48, 32000, generator=generator(22)).half()
     valid = None
     if kind == "equal":
@@ -780,13 +782,13 @@ def test_slices_of_sequences_are_taken_in_runs(
     options: dict[str, Any] = {**DEFAULTS._asdict(), "weight": None}
     expected = torch_backend.forward(rows[0], rows[1], None, **options)
     runs = []
-    exponentials = eager._exponentials
+    exponentials = eager_chunks.exponentials
 
     def counted(*inputs: Any) -> Any:
         runs.append(len(inputs[0]))
         return exponentials(*inputs)
 
-    monkeypatch.setattr(eager, "_exponentials", counted)
+    monkeypatch.setattr(eager, "exponentials", counted)
     result = torch_backend.forward(student, teacher, None, **options)
     assert len(runs) <= 9 and sum(runs) == len(rows[0])
     assert torch.equal(result.loss, expected.loss)

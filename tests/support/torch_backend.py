@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from akl_triton import eager
+from akl_triton import eager, eager_chunks, eager_head, eager_kls, eager_terms
 from akl_triton.divergences import AdaptiveKL, Head, MixedKL, Rule, Ties
 from akl_triton.kernels.layout import STATE_WIDTH, STATISTICS
 from akl_triton.rows import LogitMap, RowResult
@@ -94,4 +94,5 @@ def backward(
 
 def never_look(monkeypatch: pytest.MonkeyPatch) -> None:
     """Take the path of devices on which a look at a value would stall."""
-    monkeypatch.setattr(eager, "_sync_is_free", lambda x: False)
+    for module in (eager, eager_chunks, eager_head, eager_kls, eager_terms):
+        monkeypatch.setattr(module, "sync_is_free", lambda x: False)
