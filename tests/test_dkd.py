@@ -18,7 +18,7 @@ from akl_triton.verify import exact, faults
 from tests.support.cases import OPTIONS
 
 INF = math.inf
-V = 2500  # a full block and edges of both kinds
+V = 6500  # two full blocks, and edges of both kinds
 IGNORED = -100
 
 

@@ -21,11 +21,10 @@ from akl_triton.verify import exact, faults, head_faults
 from tests.support.cases import DIVERGENCES, OPTIONS, labels_of, rows_of_every_kind
 
 INTERPRETER = os.environ.get("TRITON_INTERPRET") == "1"
-
-
 DOORS = ("logits", "in place", "hidden states")
 # Each kernel takes seconds to compile and to translate for a CPU.
 COMPILED = (("logits", ""), ("in place", "labels"))
+SCHEDULES = range(1, 9)  # of the warps, at random
 
 
 def cases() -> list[Any]:
@@ -104,23 +103,24 @@ def of_hidden_states(
     return loss.detach(), stats, gradient.t()
 
 
+def call_of(
+    divergence: Divergence, door: str, options: str, student: Tensor
+) -> tuple[Tensor | None, dict[str, Any]]:
+    """The labels, if any are needed, and the options of a call."""
+    needs_labels = divergence.needs_labels or "kd_ratio" in OPTIONS[options]
+    with_stats = isinstance(divergence, AdaptiveKL) or door != "in place"
+    call = {"divergence": divergence, "return_stats": with_stats, **OPTIONS[options]}
+    return labels_of(student) if needs_labels else None, call
+
+
 @pytest.mark.parametrize("divergence, backend, door, options", cases(), indirect=["backend"])
 def test_every_row(
     divergence: Divergence, door: str, options: str, backend: str, device: torch.device
 ) -> None:
     student, teacher = rows_of_every_kind(finite=door == "hidden states")
-    maps = dict(OPTIONS[options])
-    kd_ratio = maps.pop("kd_ratio", 1.0)
-    labels = labels_of(student) if kd_ratio < 1.0 or divergence.needs_labels else None
+    labels, call = call_of(divergence, door, options, student)
+    call["backend"] = backend
     upstream = torch.linspace(-1.0, 2.0, len(student))
-    with_stats = isinstance(divergence, AdaptiveKL) or door != "in place"
-    call: dict[str, Any] = {
-        "divergence": divergence,
-        "backend": backend,
-        "return_stats": with_stats,
-        "kd_ratio": kd_ratio,
-        **maps,
-    }
     labels_there = None if labels is None else labels.to(device)
     inputs = student.to(device), teacher.to(device), labels_there, upstream.to(device)
     if door == "hidden states":
@@ -128,6 +128,7 @@ def test_every_row(
     else:
         loss, stats, gradient = of_logits(*inputs, inplace=door == "in place", **call)
 
+    maps = {name: value for name, value in OPTIONS[options].items() if name != "kd_ratio"}
     found = []
     of_head: dict[str, Any] = {}
     if isinstance(divergence, AdaptiveKL):
@@ -139,7 +140,7 @@ def test_every_row(
             "forward_weight": claims["forward_weight"],
             "gap": claims["gap"],
         }
-    of = exact(divergence, student, teacher, labels=labels, kd_ratio=kd_ratio, **of_head, **maps)
+    of = exact(divergence, student, teacher, labels=labels, **of_head, **OPTIONS[options])
     found += faults(loss, gradient, of, upstream=upstream, roundings=1.0 if INTERPRETER else 0.5)
     assert not found, "\n".join(found)
     if stats is None:
@@ -156,3 +157,30 @@ def test_every_row(
             atol=3e-6,
             equal_nan=True,
         )
+
+
+@pytest.mark.skipif(INTERPRETER or torch.cuda.is_available(), reason="runs compiled PTX on the CPU")
+@pytest.mark.parametrize("door, options", COMPILED)
+@pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
+def test_no_schedule_of_the_warps_changes_a_bit(
+    divergence: Divergence, door: str, options: str
+) -> None:
+    """Each warp runs ahead of the others somewhere: what a barrier should have kept would show."""
+    ptxcpu = pytest.importorskip("bench.lab.ptxcpu")
+    student, teacher = rows_of_every_kind()
+    labels, call = call_of(divergence, door, options, student)
+    some = torch.tensor([0, 3, 8, 9])  # also a one-hot teacher, and tokens that are -inf
+    inputs = student[some], teacher[some], None if labels is None else labels[some]
+    results = []
+    for schedule in (0, *SCHEDULES):  # 0: in lockstep
+        with ptxcpu.active(arch=90, sched=schedule):
+            upstream = torch.linspace(-1.0, 2.0, len(some))
+            results.append(
+                of_logits(*inputs, upstream, door == "in place", backend="triton", **call)
+            )
+    for schedule, (loss, stats, gradient) in zip(SCHEDULES, results[1:], strict=True):
+        expected_loss, expected_stats, expected_gradient = results[0]
+        assert torch.equal(loss, expected_loss), schedule
+        assert torch.equal(gradient, expected_gradient), schedule
+        for column, expected in zip(stats or (), expected_stats or (), strict=True):
+            assert torch.equal(column.nan_to_num(-1.0), expected.nan_to_num(-1.0)), schedule

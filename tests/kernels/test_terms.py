@@ -31,7 +31,7 @@ from akl_triton.verify import exact, faults
 from tests.kernels.conftest import INTERPRETER
 from tests.kernels.rows import make_rows
 
-V = 701
+V = 6701  # two full blocks
 MEMBERS = (SkewReverseKL(detach=True), AlphaBeta(1.5, -0.3), ToDi(), DecoupledKL(1.0, 2.0, 1.5))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -67,7 +68,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "student_softcap": 5.0,
     },
 }
-V_S, V_T = 297, 301
+# Compiled kernels read aligned rows 16 bytes at a time, and need four full blocks for a whole turn
+# of a loop. In the interpreter, which is slow, rows are odd, and have one.
+V_S, V_T = (4397, 4401) if os.environ.get("TRITON_INTERPRET") == "1" else (12_392, 12_400)
 
 
 def rows_of_every_kind(finite: bool = False) -> tuple[Tensor, Tensor]:
@@ -108,6 +111,6 @@ def rows_of_every_kind(finite: bool = False) -> tuple[Tensor, Tensor]:
 
 def labels_of(student: Tensor) -> Tensor:
     """[N] tokens, the first and the last among them, and where there is one a forbidden one."""
-    tokens = torch.arange(len(student)) * 41 % V_S
+    tokens = torch.arange(len(student)) * 2141 % V_S
     tokens[0], tokens[1] = 0, V_S - 1
     return tokens
