@@ -22,12 +22,16 @@ LABEL = 1234
 
 
 @triton.jit
-def statistics_kernel(t_ptr, s_ptr, out_ptr, slots_ptr, V, scale, label, BLOCK: tl.constexpr):
+def statistics_kernel(
+    t_ptr, s_ptr, out_ptr, slots_ptr, V, scale, label,
+    apart,  # an offset that is left out, or None
+    BLOCK: tl.constexpr,
+):  # fmt: skip
     (
         reference_t, z_t, reference_s, z_s, reference_1, z_1, slots, hidden,
         forward_kl, reverse_kl, kept_p, kept_q, entropy_t, entropy_s, agreement, full_end,
     ) = row_statistics(
-        t_ptr, s_ptr, 0, V, V, scale, None, scale, None, LOG2E,
+        t_ptr, s_ptr, 0, V, V, scale, None, scale, None, LOG2E, apart,
         True, True, True, True, True, True, True, BLOCK,
     )  # fmt: skip
     cross_entropy = row_cross_entropy(
@@ -73,10 +77,10 @@ def divergence_kernel(
     reference_t, z_t, reference_s, z_s, crossing, k, cut,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    w, gap, size, _, _, full_end = row_divergence(
+    w, gap, size, _, _, _, full_end = row_divergence(
         t_ptr, s_ptr, 0, V, V, scale, None, scale, None,
         reference_t, z_t, reference_s, z_s, V // BLOCK, crossing, k, cut,
-        0.0, 0.0, 0.0, 0.0, 0.0, True, True, True, None, False, True, BLOCK,
+        0.0, 0.0, 0.0, 0.0, 0.0, 0.0, True, True, True, None, False, False, True, BLOCK,
     )  # fmt: skip
     tl.store(out_ptr + 0, w)
     tl.store(out_ptr + 1, gap)
@@ -95,11 +99,13 @@ def gradient_kernel(
     slope, offset, teacher, lost = kl_coefficients(
         factor_t, factor_s, shift, w, 1.0 - w, reverse_kl, 1.0, 1.0, inverse_temperature, 0.0
     )
+    nothing = 0.0 * w
     row_gradient(
         ds_ptr, t_ptr, s_ptr, 0, V, V, scale, None, scale, None, LOG2E, full_end,
-        lse_t, lse_s, lse_1, slope, offset, teacher, lost, 0.0, 0.0,
+        lse_t, lse_s, lse_1, (slope, offset, teacher, lost, nothing, nothing),
         label_rate, label, label_rate,
-        0.0, 0.0, 0.0, 0.0, True, True, None, False, False, HAS_LABELS, HAS_LABELS, True, BLOCK,
+        0.0, 0.0, 0.0, 0.0,
+        True, True, None, False, False, False, HAS_LABELS, HAS_LABELS, False, True, BLOCK,
     )  # fmt: skip
 
 
@@ -148,7 +154,9 @@ def row(device: torch.device) -> Row:
 def test_statistics(row: Row, device: torch.device) -> None:
     out = torch.full((14,), torch.nan, device=device)
     slots = torch.full((BLOCK,), torch.nan, device=device)
-    statistics_kernel[(1,)](row.teacher, row.student, out, slots, V, row.scale, LABEL, BLOCK=BLOCK)
+    statistics_kernel[(1,)](
+        row.teacher, row.student, out, slots, V, row.scale, LABEL, None, BLOCK=BLOCK
+    )
     assert torch.equal(slots, row.slots)
     share = out[4].item() / out[1].item()
     assert row.heaviest_hidden < share * row.z_t < 1.001 * row.hidden
@@ -175,8 +183,31 @@ def statistics_of(teacher: torch.Tensor, student: torch.Tensor) -> list[float]:
     """(reference_t, Z_t, reference_s, Z_s, hidden) of two rows whose logits are to base 2."""
     out = torch.full((14,), torch.nan, device=teacher.device)
     slots = torch.full((BLOCK,), torch.nan, device=teacher.device)
-    statistics_kernel[(1,)](teacher, student, out, slots, V, 1.0, LABEL, BLOCK=BLOCK)
+    statistics_kernel[(1,)](teacher, student, out, slots, V, 1.0, LABEL, None, BLOCK=BLOCK)
     return out[:5].tolist()
+
+
+@pytest.mark.parametrize("apart", [3, LABEL, V - 1])
+def test_statistics_leave_a_token_out(row: Row, apart: int, device: torch.device) -> None:
+    """In the first block, in a full one and in the last: both sums and both KLs are those of the
+    other tokens."""
+    out = torch.full((14,), torch.nan, device=device)
+    slots = torch.full((BLOCK,), torch.nan, device=device)
+    teacher, student = row.teacher.clone(), row.student.clone()
+    teacher[apart], student[apart] = 60.0, -60.0  # of all weight, if they counted
+    statistics_kernel[(1,)](teacher, student, out, slots, V, row.scale, LABEL, apart, BLOCK=BLOCK)
+    others = torch.arange(V) != apart
+    t, s = (x.double().cpu()[others][None] for x in (teacher, student))
+    for logits, (reference, z) in ((t, out[:2]), (s, out[2:4])):
+        lse = torch.logsumexp(logits[0] / row.temperature, 0) * LOG2E.value
+        assert abs(reference.double().cpu() + z.double().cpu().log2() - lse) < 1e-6
+    kls = [
+        float(reference_adaptive_kl(s, t, weight=weight, temperature=row.temperature).loss)
+        for weight in (1.0, 0.0)
+    ]
+    expected = torch.tensor([*kls, 1.0, 1.0]).double()
+    torch.testing.assert_close(out[5:9].cpu().double(), expected, rtol=1e-6, atol=1e-6)
+    assert out[13].item() == V // BLOCK
 
 
 def test_sums_that_outgrow_the_first_maximum_are_made_anew(device: torch.device) -> None:
