@@ -105,8 +105,9 @@ def distillation_loss(
         student_logits: ``[..., V_s]``.
         teacher_logits: ``[..., V_t]``; where V_s != V_t, what one side has more is -inf on the
             other.
-        labels: ``[...]``, only compared with ``ignore_index``: such tokens count nowhere, and give
-            exactly 0 loss and gradient whatever their logits hold.
+        labels: ``[...]``. Tokens whose label is ``ignore_index`` count nowhere, and give exactly 0
+            loss and gradient whatever their logits hold. Other labels are read only where the loss
+            needs them, with ``kd_ratio`` < 1 and for `DKD`: then they have to be tokens.
         divergence: a member of the family, or its name, such as "reverse_kl".
         return_stats: also return `DivergenceStats`.
         {options}
