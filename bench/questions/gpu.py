@@ -11,8 +11,10 @@ each output written once, whatever a loss really moves, and are compared with a 
 run. From hidden states, where products take the time, memory is compared with the model of the
 design instead.
 
-The cases are run in the order of their importance until the time is up. Every result is written as
-it comes (CSV, JSON), and so is the list of the cases that have been left out, with the reasons.
+The cases are run in the order of their importance until the time is up: first the launches between
+which a GPU has to decide, then our losses and the peers, then the losses of hidden states. Every
+result is written as it comes (CSV, JSON), and so is the list of the cases that have been left out,
+with the reasons.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ import functools
 import gc
 import itertools
 import json
+import multiprocessing
 import platform
 import shutil
 import signal
@@ -30,6 +33,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from datetime import datetime, timezone
 from pathlib import Path
@@ -45,8 +49,8 @@ import akl_triton
 from akl_triton.backend import triton_obstacle
 from akl_triton.kernels.launch_table import CANDIDATES, Launch, launch_for
 from akl_triton.linear_ops import chunk_rows, default_chunk_bytes
-from bench.inputs.linear_peers import adaptive_kl_of_all_logits
-from bench.inputs.losses import LOSSES
+from bench.inputs.linear_peers import PEER_CHUNK, adaptive_kl_of_all_logits, linear_peers
+from bench.inputs.losses import FAMILY_LOSSES, LOSSES
 from bench.inputs.peers import OURS, PEERS
 from bench.inputs.synthetic import DECAY, HiddenStates, make_hidden_states, make_pair
 from bench.lab.clock import copies_for, synchronize, time_calls
@@ -65,6 +69,11 @@ class Sizes(NamedTuple):
     linear_vocabularies: tuple[int, ...]
     linear_rows: tuple[int, ...]
     hidden: int
+
+    @property
+    def telling(self) -> tuple[int, ...]:
+        """The vocabularies at which launches are chosen."""
+        return self.vocabularies[:2]
 
 
 SIZES = Sizes(
@@ -300,13 +309,6 @@ class Bench:
 
 # ---------------------------------------------------------------- which cases
 
-# The first two never hold all logits.
-_FROM_HEADS: dict[str, Loss] = {
-    "linear_adaptive_kl": akl_triton.linear_adaptive_kl,
-    "linear_forward_kl": akl_triton.linear_forward_kl,
-    "adaptive_kl of all logits": adaptive_kl_of_all_logits,
-}
-
 
 def plan(device: torch.device, backend: str, sizes: Sizes) -> tuple[list[Case], dict[str, str]]:
     """(the cases, most important first; peers that cannot be measured here, and why)."""
@@ -321,11 +323,15 @@ def plan(device: torch.device, backend: str, sizes: Sizes) -> tuple[list[Case], 
             if peer.kind == "compiled"
         }
     theirs = [peer for peer in theirs if f"{peer.package} {peer.name}" not in absent]
+    linear = linear_peers(PEER_CHUNK)
+    absent |= {f"{peer.package} {peer.name}": why for peer in linear if (why := peer.obstacle())}
 
     def ours(
         name: str, phases: Sequence[str], temperature: float = 1.0, launch: Launch | None = None
     ) -> list[Callable[[int, int], Case]]:
-        loss = functools.partial(LOSSES[name], backend=backend, temperature=temperature)
+        loss = functools.partial(
+            (LOSSES | FAMILY_LOSSES)[name], backend=backend, temperature=temperature
+        )
         return [
             functools.partial(
                 _case, name, OURS, name, loss, phase, temperature=temperature, launch=launch
@@ -342,10 +348,17 @@ def plan(device: torch.device, backend: str, sizes: Sizes) -> tuple[list[Case], 
         ]
 
     adaptive = ours("adaptive_kl", tuple(ON_LOGITS))
-    like_peers = ours("forward_kl", ("both",)) + ours("reverse_kl", ("both",))
+    like_peers = list(
+        itertools.chain.from_iterable(
+            ours(name, ("both",)) for name in ("forward_kl", "reverse_kl", "jensen_shannon")
+        )
+    )
+    compared = adaptive + like_peers + peers("both")
+    compiled = peers("both", compiled=True)
     launches = list(
         itertools.chain.from_iterable(
-            ours("adaptive_kl", ("forward", "backward", "inplace"), launch=launch)
+            ours("adaptive_kl", (phase,), launch=launch)
+            for phase in ("inplace", "forward", "backward")
             for launch in CANDIDATES
             if backend == "triton"
         )
@@ -353,30 +366,30 @@ def plan(device: torch.device, backend: str, sizes: Sizes) -> tuple[list[Case], 
     from_hidden_states = [
         functools.partial(
             _case,
-            name,
-            OURS,
-            name.removeprefix("linear_").split()[0],
-            functools.partial(loss, backend=backend),
+            peer.name,
+            peer.package,
+            peer.computes,
+            peer.loss,
             "linear",
             hidden=sizes.hidden,
-            fused=loss is not adaptive_kl_of_all_logits,
+            fused=peer.package == OURS and peer.loss is not adaptive_kl_of_all_logits,
         )
-        for name, loss in _FROM_HEADS.items()
+        for peer in linear
+        if not peer.obstacle()
     ]
     first, others = sizes.rows[:1], sizes.rows[1:]
+    every, telling = sizes.vocabularies, sizes.telling
+    rest = every[len(telling) :]
     parts = (
-        (first, sizes.vocabularies, adaptive),
-        (first, sizes.vocabularies, like_peers + peers("both")),
+        (first, telling, launches),
+        (first, telling, compared),
+        (first, every[:1], compiled),  # torch.compile takes long for every new V
         (sizes.linear_rows, sizes.linear_vocabularies, from_hidden_states),
-        (first, sizes.vocabularies, launches),
-        (
-            first,
-            sizes.vocabularies,
-            ours("adaptive_kl", ("forward", "both"), temperature=2.0),
-        ),
-        (first, sizes.vocabularies, peers("forward", "backward")),
-        (others, sizes.vocabularies, adaptive + like_peers + peers("both")),
-        (first, sizes.vocabularies, peers("both", compiled=True)),
+        (first, rest, compared + launches),
+        (first, every, ours("adaptive_kl", ("forward", "both"), temperature=2.0)),
+        (first, every, peers("forward", "backward")),
+        (others, every, compared),
+        (first, every[1:], compiled),
     )
     return [
         case(n, vocabulary)
@@ -585,7 +598,7 @@ def collect(
     """All cases for which the time is enough; with `tiny`, cases of a few tokens, on the CPU. Every
     result is written to the folder `output` at once.
     """
-    device, cases, absent = _planned(tiny)
+    device, cases, absent = planned(tiny)
     # `timeout` ends a run that hangs: the results until then are drawn all the same.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     output.mkdir(parents=True, exist_ok=True)
@@ -593,8 +606,8 @@ def collect(
     return measure_all(cases, absent, device, output, seconds=seconds, copy_bytes=copy_bytes)
 
 
-def _planned(tiny: bool) -> tuple[torch.device, list[Case], dict[str, str]]:
-    """(the device, its cases, what cannot be measured there and why)"""
+def planned(tiny: bool) -> tuple[torch.device, list[Case], dict[str, str]]:
+    """(the device, its cases, the most important first; what cannot be measured, and why)."""
     if not tiny and not torch.cuda.is_available():
         raise Unanswerable("PyTorch sees no GPU here; --tiny runs on a CPU")
     device = torch.device("cpu" if tiny else "cuda")
@@ -605,16 +618,22 @@ def _planned(tiny: bool) -> tuple[torch.device, list[Case], dict[str, str]]:
     return device, cases, absent
 
 
-def compile_all() -> None:
-    """Fill Triton's cache for a later run, by every case of ours on two rows.
-
-    N is no part of what is compiled.
+def compile_all(tiny: bool = False) -> None:
+    """Fill Triton's cache for a later run, by every case of ours on two rows: N is no part of what
+    is compiled. A process compiles on one core, so there are as many as there are launches and
+    cores.
     """
-    device, cases, _ = _planned(tiny=False)
+    launches = dict.fromkeys(case.launch for case in planned(tiny)[1] if case.package == OURS)
+    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
+        list(pool.map(functools.partial(_compile, tiny), launches))
+
+
+def _compile(tiny: bool, launch: Launch | None) -> None:
+    device, cases, _ = planned(tiny)
     for case in cases:
-        if case.package == OURS and case.rows == cases[0].rows:
+        if case.package == OURS and case.launch == launch and case.rows == cases[0].rows:
             phase = PHASES[case.phase]
-            with launched_with(case.launch):
+            with launched_with(launch):
                 phase.run(case.loss, phase.prepare(case.loss, *case.make_inputs(2, device, 0)))
     synchronize(device)
 

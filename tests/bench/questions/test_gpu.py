@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import csv
 import functools
+import itertools
 import json
 import os
 import shutil
@@ -19,11 +20,12 @@ import pytest
 import torch
 from torch import Tensor
 
-import akl_triton
-from akl_triton import adaptive_kl, eager, linear_ops
+import akl_triton.rows
+from akl_triton import adaptive_kl, distillation_loss, eager, forward_kl, linear_ops
 from akl_triton.cli.bench import peak_memory
 from akl_triton.kernels.launch_table import CANDIDATES, Launch
 from bench.__main__ import main
+from bench.inputs import linear_peers, peers
 from bench.inputs.peers import OURS
 from bench.inputs.synthetic import make_hidden_states, make_pair
 from bench.lab import clock, ptxcpu
@@ -32,6 +34,12 @@ from bench.questions import gpu
 ROOT = Path(__file__).resolve().parents[3]
 CPU = torch.device("cpu")
 ours = functools.partial(adaptive_kl, backend="torch")
+# What the losses of hidden states say that they compute.
+COMPUTED: dict[str, Callable[..., Tensor]] = {
+    "AKL": adaptive_kl,
+    "forward KL": forward_kl,
+    "Jensen-Shannon": functools.partial(distillation_loss, divergence="jensen_shannon"),
+}
 
 
 def case(name: str = "a loss", loss: Any = ours, phase: str = "both", **options: Any) -> gpu.Case:
@@ -125,12 +133,12 @@ def test_what_starts_from_hidden_states_gives_both_gradients(
     assert 2.8 < logits.std() < 3.2
     for c in from_hidden_states.values():
         gradients = phase.run(c.loss, phase.prepare(c.loss, *states))
-        loss = getattr(akl_triton, c.computes)(logits, teacher_hidden @ teacher_weight.T)
+        loss = COMPUTED[c.computes](logits, teacher_hidden @ teacher_weight.T)
         expected = torch.autograd.grad(loss, (student_hidden, student_weight), retain_graph=True)
         for ours, exact in zip(gradients, expected, strict=True):
             torch.testing.assert_close(ours, exact)
             assert exact.abs().max() > 1e-4
-    assert {c.computes for c in from_hidden_states.values()} == {"adaptive_kl", "forward_kl"}
+    assert {c.computes for c in from_hidden_states.values()} >= {"AKL", "forward KL"}
 
 
 def test_the_model_of_memory(
@@ -152,7 +160,7 @@ def test_the_model_of_memory(
     for name in ("linear_adaptive_kl", "linear_forward_kl"):
         assert from_hidden_states[name].model_bytes(CPU) == model
         assert model <= peaks[name] <= 1.1 * (model + gradients)
-    unfused = "adaptive_kl of all logits"
+    unfused = "adaptive_kl of all logits, in place"
     assert from_hidden_states[unfused].model_bytes(CPU) is None
     assert peaks[unfused] >= 2 * rows * vocabulary * 2
     few = replace(from_hidden_states["linear_adaptive_kl"], rows=5)  # less than a chunk
@@ -175,22 +183,55 @@ def test_a_result_from_hidden_states(
 # ---- which cases
 
 
+SIZES = gpu.Sizes((1000, 1016, 1003), (16, 4), (1000,), (4,), 8)
+
+
 def test_every_size_has_all_phases_and_launches() -> None:
-    cases, absent = gpu.plan(CPU, "triton", gpu.Sizes((1000, 1003), (16, 4), (1000,), (4,), 8))
+    cases, absent = gpu.plan(CPU, "triton", SIZES)
     assert "torch authors, compiled" in absent
-    for vocabulary in (1000, 1003):
+    for vocabulary in SIZES.vocabularies:
         of_size = [c for c in cases if c.vocabulary == vocabulary]
         for rows in (16, 4):
             phases = {c.phase for c in of_size if c.rows == rows and c.name == "adaptive_kl"}
             assert phases == set(gpu.ON_LOGITS)
         launches = {c.launch for c in of_size} - {None}
         assert launches == set(CANDIDATES)
+        names = {c.name for c in of_size if c.package == OURS}
+        assert names >= {"adaptive_kl", "forward_kl", "reverse_kl", "jensen_shannon"}
         assert any(c.package != OURS for c in of_size)
     assert len({c.label for c in cases}) == len(cases)
-    assert cases[0].name == "adaptive_kl" and cases[0].rows == 16
-    timed = {(c.name, c.rows, c.vocabulary, c.hidden) for c in cases if c.phase == "linear"}
-    names = ("linear_adaptive_kl", "linear_forward_kl", "adaptive_kl of all logits")
-    assert timed == {(name, 4, 1000, 8) for name in names}
+    timed = {c.name for c in cases if c.phase == "linear" and c.package == OURS}
+    assert timed == {
+        *("linear_adaptive_kl", "linear_forward_kl"),
+        "adaptive_kl of all logits, in place",
+    }
+
+
+def test_what_decides_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With every peer: the launches, then the losses of logits, then those of hidden states."""
+    monkeypatch.setattr(peers.Peer, "obstacle", lambda *_: None)
+    monkeypatch.setattr(linear_peers.LinearPeer, "obstacle", lambda *_: None)
+    cases, absent = gpu.plan(torch.device("cuda"), "triton", SIZES)
+    assert not absent
+
+    def first(length: int) -> list[gpu.Case]:
+        taken, cases[:] = cases[:length], cases[length:]
+        return taken
+
+    telling = (1000, 1016)
+    launches = first(2 * 3 * len(CANDIDATES))
+    assert {(c.phase, c.launch, c.vocabulary) for c in launches} == set(
+        itertools.product(("inplace", "forward", "backward"), CANDIDATES, telling)
+    )
+    losses = list(itertools.takewhile(lambda c: c.hidden is None, cases))
+    first(len(losses))
+    assert {(c.rows, c.launch, c.temperature) for c in losses} == {(16, None, 1.0)}
+    names = {p.name for p in peers.PEERS} | {"jensen_shannon"}
+    assert {c.name for c in losses if c.vocabulary == 1000 and c.phase == "both"} == names
+    compiled = {p.name for p in peers.PEERS if p.kind == "compiled"}
+    assert {c.name for c in losses if c.vocabulary == 1016} == names - compiled
+    packages = {c.package for c in itertools.takewhile(lambda c: c.hidden, cases)}
+    assert packages == {OURS, "torch", "liger-kernel", "trl"}
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="ptxcpu needs the C++ compiler g++")
