@@ -33,6 +33,7 @@ QUESTIONS = {
     "l2": "Which sweeps of a row would the L2 serve, by a model of it?",
     "on_chip": "What would a kernel cost that holds its row in registers?",
     "gpu": "How long do the losses take on a GPU?",
+    "dram": "How many bytes do our losses move to and from a GPU's memory?",
 }
 
 
