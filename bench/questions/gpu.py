@@ -1,7 +1,7 @@
 """`python -m bench gpu`: times of our losses and of the peers'; a claim about time has to come from
 here.
 
-    bench/gpu.sh                              the tests, this, and compute-sanitizer
+    bench/gpu.sh                              the tests, this, ncu and compute-sanitizer
     python -m bench gpu --output DIR          this alone, in less than --seconds
     python -m bench gpu --output DIR --tiny   all of its code on a CPU: no figure of a GPU
 

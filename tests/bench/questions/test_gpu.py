@@ -8,6 +8,7 @@ import functools
 import itertools
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -341,30 +342,133 @@ def test_without_a_gpu_the_command_measures_nothing(tmp_path: Path) -> None:
 def test_a_step_that_fails_is_recorded_and_the_rest_goes_on(tmp_path: Path) -> None:
     script = gpu_sh("--tiny", OUT=str(tmp_path), PYTHON="/bin/false")
     assert script.returncode == 1
-    steps = {
-        row["step"]: row["exit_code"] for row in csv.DictReader((tmp_path / "steps.csv").open())
-    }
-    assert steps["tests"] == steps["times"] == "1"
-    assert steps["sanitizer"].startswith("skipped")
+    codes = {row["step"]: row["exit_code"] for row in steps_of(tmp_path)}
+    assert codes == dict.fromkeys(("tests", "compile", "times", "dram", *SANITIZERS), "1")
 
 
 def test_the_steps_on_a_gpu(tmp_path: Path) -> None:
     """A run with a Python that succeeds at everything, and a sanitizer that fails."""
-    tools, results = tmp_path / "bin", tmp_path / "results"
+    results, tools = tmp_path / "results", tmp_path / "bin"
+    with_tools = {"PYTHON": "/bin/true", "PATH": f"{tools}:{os.environ['PATH']}"}
+    write_tool(tools / "ncu", "")
+    sanitizer = write_tool(tools / "compute-sanitizer", "exit 86")
+    assert gpu_sh(results, **with_tools).returncode == 1
+    codes = {row["step"]: row["exit_code"] for row in steps_of(results)}
+    assert [codes.pop(tool) for tool in SANITIZERS] == ["86"] * 3
+    assert set(codes.values()) == {"0"}
+    assert {"compile", "times", "dram", "tests-oracle", "tests-api", "tests-linear"} < set(codes)
+    write_tool(sanitizer, "")
+    assert gpu_sh(results, **with_tools).returncode == 0
+
+
+def test_all_steps_together_take_less_than_nine_minutes(tmp_path: Path) -> None:
+    tools = tmp_path / "bin"
+    write_tool(tools / "ncu", "")
+    write_tool(tools / "compute-sanitizer", "")
+    gpu_sh(tmp_path, PYTHON="/bin/true", PATH=f"{tools}:{os.environ['PATH']}")
+    limits: dict[str, int] = {}  # of the steps, and of those that run at the same time
+    for row in steps_of(tmp_path):
+        of_tests = row["step"] == "compile" or row["step"].startswith("tests-")
+        step = "tests" if of_tests else "sanitizer" if row["step"] in SANITIZERS else row["step"]
+        limits[step] = max(limits.get(step, 0), int(row["limit"]))
+    assert set(limits) == {"tests", "times", "dram", "sanitizer"}
+    killed_after = re.search(r"--kill-after=(\d+)", (ROOT / "bench" / "gpu.sh").read_text())
+    assert killed_after is not None
+    assert sum(limits.values()) + len(limits) * int(killed_after[1]) < 540
+
+
+def test_a_tool_that_is_missing_or_not_permitted_is_skipped(tmp_path: Path) -> None:
+    """No failure, but a line with the reason."""
+    tools = tmp_path / "bin"
     tools.mkdir()
-    sanitizer = tools / "compute-sanitizer"
-    sanitizer.write_text("#!/bin/sh\nexit 86\n")
-    sanitizer.chmod(0o755)
-    script = gpu_sh(results, PYTHON="/bin/true", PATH=f"{tools}:{os.environ['PATH']}")
-    assert script.returncode == 1
+    for tool in ("bash", "dirname", "mkdir", "rm", "timeout", "grep", "tail", "cat"):
+        (tools / tool).symlink_to(shutil.which(tool) or "")
+    assert gpu_sh(tmp_path, PYTHON="/bin/true", PATH=str(tools)).returncode == 0
+    codes = {row["step"]: row["exit_code"] for row in steps_of(tmp_path)}
+    assert codes["dram"] == "skipped: ncu is not on PATH"
+    for tool in SANITIZERS:
+        assert codes[tool] == "skipped: compute-sanitizer is not on PATH"
+    write_tool(tools / "ncu", "")
+    refused = write_tool(
+        tmp_path / "python", 'case "$*" in *dram*) echo ERR_NVGPUCTRPERM; exit 2;; esac'
+    )
+    assert gpu_sh(tmp_path, PYTHON=str(refused), PATH=str(tools)).returncode == 0
+    codes = {row["step"]: row["exit_code"] for row in steps_of(tmp_path)}
+    assert codes["dram"].startswith("skipped: the counters of this GPU may not be read")
+
+
+NOTHING_ELSE = """
+import importlib.machinery, importlib.metadata, re, sys
+
+def with_requirements(name, found):
+    try:
+        requirements = importlib.metadata.requires(name) or ()
+    except importlib.metadata.PackageNotFoundError:  # of another platform
+        return found
+    found.add(re.sub("[-_.]+", "-", name).lower())
+    for requirement in requirements:
+        wanted = re.match(r"[\\w.-]+", requirement)[0]
+        if "extra ==" not in requirement and re.sub("[-_.]+", "-", wanted).lower() not in found:
+            with_requirements(wanted, found)
+    return found
+
+needed = set()
+for name in ("torch", "triton", "pytest", "numpy", "matplotlib"):
+    with_requirements(name, needed)
+others = {
+    module
+    for module, owners in importlib.metadata.packages_distributions().items()
+    if module not in ("akl_triton", "bench", "tests")
+    and not {re.sub("[-_.]+", "-", owner).lower() for owner in owners} & needed
+}
+
+class Installed(importlib.machinery.PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name.partition(".")[0] in others else super().find_spec(name, path, target)
+
+sys.meta_path[sys.meta_path.index(importlib.machinery.PathFinder)] = Installed
+"""
+
+
+def test_nothing_is_needed_that_gpu_sh_does_not_name(tmp_path: Path) -> None:
+    """The questions run, and the tests are collected, where nothing else can be imported."""
+    script = (ROOT / "bench" / "gpu.sh").read_text()
+    patterns = " ".join(re.findall(r"tests/\S+\.py", script))
+    expanded = subprocess.check_output(["bash", "-c", f"echo {patterns}"], cwd=ROOT, text=True)
+    files = sorted(set(expanded.split()))
+    assert {"tests/kernels/test_oracle.py", "tests/test_linear.py"} < set(files)
+    (tmp_path / "sitecustomize.py").write_text(NOTHING_ELSE)
+    environment = os.environ | {
+        "PYTHONPATH": f"{tmp_path}:{ROOT}",
+        "PATH": f"{ROOT / 'bench' / 'stand_ins'}:{os.environ['PATH']}",
+        "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
+    }
+    other = subprocess.run(
+        [sys.executable, "-c", "import rich"], env=environment, capture_output=True, text=True
+    )
+    assert "No module named 'rich'" in other.stderr
+    for arguments in (
+        ("bench", "gpu", "--tiny", "--seconds", "1", "--output", str(tmp_path)),
+        ("bench", "dram", "--tiny", "--output", str(tmp_path)),
+        ("pytest", "--collect-only", "-q", *files),
+    ):
+        subprocess.run([sys.executable, "-m", *arguments], cwd=ROOT, env=environment, check=True)
+
+
+SANITIZERS = ("memcheck", "racecheck", "synccheck")
+
+
+def write_tool(path: Path, body: str) -> Path:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{body}\n")
+    path.chmod(0o755)
+    return path
+
+
+def steps_of(results: Path) -> list[dict[str, str]]:
     with (results / "steps.csv").open() as file:
-        steps = {row["step"]: row["exit_code"] for row in csv.DictReader(file)}
-    assert steps.pop("sanitizer") == "86"
-    tests = {"tests-oracle", "tests-kernels", "tests-api", "tests-linear"}
-    assert set(steps) == tests | {"compile", "times"}
-    assert set(steps.values()) == {"0"}
-    sanitizer.write_text("#!/bin/sh\n")
-    assert gpu_sh(results, PYTHON="/bin/true", PATH=f"{tools}:{os.environ['PATH']}").returncode == 0
+        return list(csv.DictReader(file))
 
 
 def gpu_sh(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
