@@ -15,6 +15,7 @@ from torch import Tensor
 
 from akl_triton import (
     adaptive_kl,
+    distillation_loss,
     forward_kl,
     linear_adaptive_kl,
     linear_forward_kl,
@@ -22,6 +23,7 @@ from akl_triton import (
     mixed_kl,
     reverse_kl,
 )
+from tests.support.cases import DIVERGENCES
 
 V, H, TOKENS = 200, 16, (3, 3)
 LABELS = torch.tensor([[1, 2, -100], [-100, 3, 4], [5, 6, 7]])
@@ -35,6 +37,10 @@ LOGITS: dict[str, tuple[Any, dict[str, Any]]] = {
     "num_items": (adaptive_kl, {"num_items": 5}),
     "num_items tensor": (adaptive_kl, {"num_items": torch.tensor(5)}),
     "maps": (adaptive_kl, MAPS),
+    **{
+        f"{divergence}, labels": (distillation_loss, {"divergence": divergence, "kd_ratio": 0.5})
+        for divergence in DIVERGENCES
+    },
 }
 LINEAR: dict[str, tuple[Any, dict[str, Any]]] = {
     "adaptive": (linear_adaptive_kl, {}),

@@ -10,7 +10,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from akl_triton import divergences
+from akl_triton import (
+    DKD,
+    DecoupledKL,
+    Divergence,
+    EntropySwitch,
+    LKHybrid,
+    divergences,
+    verify,
+)
 from akl_triton.reference import reference_divergence
 from akl_triton.terms import LARGEST_LOG, LARGEST_U, TERMS
 
@@ -220,6 +228,31 @@ def test_steepness_bounds_the_gradient(
         of_loss = exact.grad.abs().amax(-1) / (2.0 + exact.loss)
         largest = max(largest, of_loss[of_loss.isfinite()].max().item())
     assert largest <= (1.0 + 1e-12) * steepness(name, numbers)
+
+
+@pytest.mark.parametrize("vocabulary", [2, 30, 300])
+@pytest.mark.parametrize(
+    "divergence",
+    [
+        DKD(),
+        DKD(alpha=9.0, beta=0.0),
+        DecoupledKL(),
+        DecoupledKL(alpha=0.0, beta=20.0),
+        DecoupledKL(alpha=5.0, kappa=0.0),
+        EntropySwitch(),
+        LKHybrid(),
+    ],
+    ids=str,
+)
+def test_steepness_of_divergences_of_whole_rows(divergence: Divergence, vocabulary: int) -> None:
+    for seed in range(3):
+        student, teacher = rows_far_and_near(vocabulary, seed)
+        for label in (0, vocabulary - 1):
+            labels = torch.full((len(student),), label)
+            exact = verify.exact(divergence, student, teacher, labels=labels).oracle
+            of_loss = exact.grad.abs().amax(-1) / (2.0 + exact.loss)
+            largest = of_loss[of_loss.isfinite()].max().item()
+            assert largest <= (1.0 + 1e-12) * divergence.steepness
 
 
 def test_steepness_is_reached() -> None:
