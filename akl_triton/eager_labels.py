@@ -169,6 +169,8 @@ def target_terms(odds_t: Tensor, odds_s: Tensor) -> tuple[Tensor, Tensor]:
     for mass, sign, kept in ((p, 1.0, odds_s > -torch.inf), (not_p, -1.0, odds_s < torch.inf)):
         u = F.logsigmoid(sign * odds_t) - F.logsigmoid(sign * odds_s)
         kl = kl + torch.where((mass > 0.0) & kept, mass * u, 0.0)
+    # As it is 0 at least where nothing is dropped.
+    kl = kl.clamp(min=0.0).where(odds_s.isfinite(), kl)
     p, not_p = p * (odds_s > -torch.inf), not_p * (odds_s < torch.inf)
     broken = (odds_t + odds_s).isnan() & ~(odds_t.isinf() & odds_s.isinf())
     return kl.masked_fill(broken, torch.nan), (q * (p + not_p) - p).masked_fill(broken, torch.nan)

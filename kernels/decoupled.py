@@ -47,6 +47,8 @@ def target_terms(odds_t, odds_s):
     not_p = tl.where(odds_s < float("inf"), tl.exp2(log_not_p), 0.0)
     target = tl.where(p > 0.0, p * (log_p - log_q), 0.0)
     target += tl.where(not_p > 0.0, not_p * (log_not_p - log_not_q), 0.0)
+    # As it is 0 at least where nothing is dropped.
+    target = tl.where((tl.abs(odds_s) < float("inf")) & (target < 0.0), 0.0, target)
     pull = tl.exp2(log_q) * (p + not_p) - p
     known = (odds_t == odds_t) & (odds_s == odds_s)
     return tl.where(known, LN2 * target, float("nan")), tl.where(known, pull, float("nan"))

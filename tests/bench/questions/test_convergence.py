@@ -40,7 +40,7 @@ def test_errors_grow_as_the_student_nears_the_teacher(data: dict[str, Any], tmp_
 
 
 def test_the_stored_answer_has_no_negative_loss() -> None:
-    stored = load("convergence")
+    stored = load("convergence")["data"]
     assert convergence.failures(stored) == []
     stored["points"][0]["lowest_loss"] = -1e-9
     assert len(convergence.failures(stored)) == 1
