@@ -9,7 +9,7 @@ A divergence that is a sum of terms (see terms.py) has sums of its own, of x and
 where it is asked for as a statistic; `moments` has those of w, w u and w u^2. They run on
 logarithms to base 2 that are off by a constant of the row, the rounding of its lse (`normalisers`).
 Full blocks do not look for tokens that are -inf: these make a sum infinite or NaN, and the row is
-swept again with the edge block's code everywhere.
+swept again with the edge block's code everywhere, as is one with large sums.
 """
 
 import triton
@@ -21,6 +21,9 @@ from .statistics import normalisers
 from .terms import careful_terms, log_ratio
 
 SUMS = tl.constexpr(8)  # of `_add_terms`
+# Sums of terms beyond this, in bits, are made again with the edge block's code: sides so far apart
+# have powers of large logarithms, of which it loses less.
+LARGEST_SUM = tl.constexpr(64.0)
 
 
 @triton.jit
@@ -142,8 +145,8 @@ def row_divergence(
             totals = totals + (tl.sum(sums[i], axis=0),)
         gap, g_head, g_ties, size, ties, total_x, total_g, total_squares = totals
         sweeps -= 1
-        known = tl.abs(total_x) + tl.abs(total_g) + tl.abs(total_squares)
-        if TERMS is None or known < float("inf"):
+        size_of_sums = tl.abs(total_x) + tl.abs(total_g) + tl.abs(total_squares)
+        if TERMS is None or size_of_sums < (float("inf") if MOMENTS else LARGEST_SUM):
             sweeps = 0
         elif sweeps > 0:
             full_end = tl.minimum(full_end, 1)
