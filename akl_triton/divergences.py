@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
 from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
 
 from . import checks
@@ -74,7 +74,7 @@ def number(
 
     `instead` says what to use at or beyond them; `without` are numbers in between that are refused,
     with what to use in their place."""
-    check = partial(
+    check = functools.partial(
         checks.check_number,
         above=above,
         below=below,
@@ -87,7 +87,7 @@ def number(
 
 def choice(default: str, choices: Sequence[str]) -> Any:
     """A field that is one of a few strings."""
-    check = partial(checks.check_choice, choices=choices)
+    check = functools.partial(checks.check_choice, choices=choices)
     return dataclasses.field(default=default, metadata={"check": check})
 
 
@@ -771,43 +771,34 @@ class Rule(NamedTuple):
         of_divergence = self.rate * self.divergence.steepness * max(1.0, self.divergence_weight)
         return of_divergence + self.label_weight * self.student_map.scale
 
-    def pack(self) -> tuple[Any, ...]:
-        """The operators' arguments of RULE_SCHEMA, which `unpack` reads."""
+    def pack(self) -> tuple[str, list[float]]:
+        """The operators' arguments of RULE_SCHEMA, which `unpack` reads. A softcap of 0 is none."""
         key, numbers = self.divergence.pack()
-        weights = self.divergence_weight, self.label_weight
-        return key, numbers, self.temperature, *self.student_map, *self.teacher_map, *weights
+        maps = [x or 0.0 for side in (self.student_map, self.teacher_map) for x in side]
+        weights = [self.divergence_weight, self.label_weight]
+        return key, [self.temperature, *maps, *weights, *numbers]
 
     @classmethod
-    def unpack(cls, packed: Sequence[Any]) -> Rule:
-        (
-            key,
-            numbers,
-            temperature,
-            student_softcap,
-            student_scale,
-            teacher_softcap,
-            teacher_scale,
-            *weights,
-        ) = packed
-        return cls(
-            _unpack(key, numbers),
-            temperature,
-            LogitMap(student_softcap, student_scale),
-            LogitMap(teacher_softcap, teacher_scale),
-            *weights,
-        )
+    def unpack(cls, key: str, numbers: Sequence[float]) -> Rule:
+        kind = FAMILY[key.split(" ", 1)[0]]
+        return _unpacked(kind, key, tuple(numbers))  # type: ignore[arg-type]
 
 
-RULE_SCHEMA = """str divergence, float[] numbers, float temperature,
-    float? student_softcap, float student_logit_scale,
-    float? teacher_softcap, float teacher_logit_scale,
-    float divergence_weight, float label_weight"""
+# Two arguments, as PyTorch takes a time that is quadratic in their number.
+RULE_SCHEMA = "str divergence, float[] numbers"
 
 
-def _unpack(key: str, numbers: Sequence[float]) -> Divergence:
+@functools.lru_cache(maxsize=256)
+def _unpacked(kind: type[Divergence], key: str, numbers: tuple[float, ...]) -> Rule:
+    """The rule that `Rule.pack` gave; a step of training has the same one again and again."""
+    temperature, cap_s, scale_s, cap_t, scale_t, *weights = numbers[:7]
+    maps = LogitMap(cap_s or None, scale_s), LogitMap(cap_t or None, scale_t)
+    return Rule(_divergence_of(kind, key, numbers[7:]), temperature, *maps, *weights)
+
+
+def _divergence_of(kind: type[Divergence], key: str, numbers: Sequence[float]) -> Divergence:
     """The divergence that `Divergence.pack` gave."""
-    name, *words = key.split(" ")
-    kind = FAMILY[name]
+    _, *words = key.split(" ")
     of_words, of_numbers = iter(words), iter(numbers)
     values: dict[str, Any] = {}
     for field in dataclasses.fields(kind):  # type: ignore[arg-type]

@@ -203,7 +203,7 @@ def _unpack(
     end_of_sides = len(Sides._fields)
     sides, (valid, labels, factor, *rest) = Sides(*inputs[:end_of_sides]), inputs[end_of_sides:]
     end_of_plan = len(Plan._fields)
-    return sides, valid, labels, factor, Plan(*rest[:end_of_plan]), Rule.unpack(rest[end_of_plan:])
+    return sides, valid, labels, factor, Plan(*rest[:end_of_plan]), Rule.unpack(*rest[end_of_plan:])
 
 
 def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]

@@ -29,7 +29,7 @@ def divergence(student, teacher, valid, labels, with_stats, backend, *rule):  # 
     """(loss [N], state, stats or no rows of them) in fp32: see layout."""
     result = empty_result(student, with_stats)
     if student.numel():
-        backend_of(backend).forward(student, teacher, valid, labels, Rule.unpack(rule), result)
+        backend_of(backend).forward(student, teacher, valid, labels, Rule.unpack(*rule), result)
     return result
 
 
@@ -49,7 +49,7 @@ def divergence_backward(upstream, student, teacher, valid, labels, state, backen
     gradient = torch.empty(student.shape, dtype=student.dtype, device=student.device)
     if student.numel():
         backend_of(backend).backward(
-            upstream, student, teacher, valid, labels, state, Rule.unpack(rule), gradient
+            upstream, student, teacher, valid, labels, state, Rule.unpack(*rule), gradient
         )
     return gradient
 
@@ -78,7 +78,7 @@ def divergence_with_gradient(  # type: ignore[no-untyped-def]
             teacher,
             valid,
             labels,
-            Rule.unpack(rule),
+            Rule.unpack(*rule),
             result,
             upstream=upstream,
             gradient=student,
@@ -109,6 +109,7 @@ def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
     student, teacher, valid, labels, _, *ctx.options = inputs
     _, state, stats = output
     ctx.mark_non_differentiable(state, stats)
+    ctx.set_materialize_grads(False)  # no zeros for these two
     ctx.save_for_backward(student, teacher, valid, labels, state)
 
 

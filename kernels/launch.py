@@ -53,7 +53,8 @@ def forward(
         temperature, student_softcap, teacher_softcap, student_logit_scale, teacher_logit_scale
     )
     has_head = weight is None and terms is None and tau is None
-    kernel = tuned_forward() if _autotuning() else forward_kernel
+    tuned = _autotuning()
+    kernel = tuned_forward() if tuned else forward_kernel
     with _device_of(student):
         kernel[(loss.shape[0],)](
             s_ptr=student,
@@ -90,7 +91,7 @@ def forward(
             HAS_MASK=valid is not None,
             HAS_GRADIENT=gradient is not None,
             DAMPED=damped,
-            **_addressing(student, teacher, student if gradient is None else gradient),
+            **_addressing(student, teacher, student if gradient is None else gradient, tuned),
             **_registers(
                 "head or statistics"
                 if stats is not None or has_head
@@ -128,7 +129,8 @@ def backward(
     maps = _maps(
         temperature, student_softcap, teacher_softcap, student_logit_scale, teacher_logit_scale
     )
-    kernel = tuned_backward() if _autotuning() else backward_kernel
+    tuned = _autotuning()
+    kernel = tuned_backward() if tuned else backward_kernel
     with _device_of(student):
         kernel[(upstream.shape[0],)](
             ds_ptr=gradient,
@@ -146,7 +148,7 @@ def backward(
             REVERSE=weight != 1.0,
             **_of_labels(labels, temperature, apart=parts is not None and terms is None),
             HAS_MASK=valid is not None,
-            **_addressing(student, teacher, gradient),
+            **_addressing(student, teacher, gradient, tuned),
             **_registers(
                 "gradient of terms"
                 if terms
@@ -229,8 +231,8 @@ def _fp32(number: float) -> float:
     return min(number, 2.0**126)
 
 
-def _addressing(student, teacher, gradient) -> dict:
-    """Strides, sizes, alignment and the launch.
+def _addressing(student, teacher, gradient, tuned) -> dict:
+    """Strides, sizes, alignment, and the launch unless that is tuned.
 
     Tensors that stand where the teacher stands between 16-byte boundaries, in every row, are read
     and written 16 bytes at a time."""
@@ -250,7 +252,7 @@ def _addressing(student, teacher, gradient) -> dict:
         "S_ALIGNED": _lead(student) == lead,
         "DS_ALIGNED": _lead(gradient) == lead,
     }
-    if not _autotuning():
+    if not tuned:
         arguments |= launch_for(max(student.shape[2], teacher.shape[2]))._asdict()
     return arguments
 

@@ -110,7 +110,8 @@ class _DryDriver(CpuDriver):
 
 
 @contextlib.contextmanager
-def _dry(target: str, observer: Callable[[ptxcpu.Launch], None] | None = None) -> Iterator[None]:
+def dry_run(target: str, observer: Callable[[ptxcpu.Launch], None] | None = None) -> Iterator[None]:
+    """Compile what is launched in the ``with`` block for ``target``, and execute nothing."""
     previous = driver_config._active
     driver_config.set_active(_DryDriver(target, observer))
     try:
@@ -137,7 +138,7 @@ def record_launches(target: str = "sm_90", *, dry: bool = True) -> Iterator[list
         launches.append(_recorded(target, launch))
 
     if dry:
-        with _dry(target, observe):
+        with dry_run(target, observe):
             yield launches
     else:
         backend = _target(target)
@@ -213,7 +214,7 @@ def compile_for(
     options = {"num_warps": num_warps}
     if num_stages is not None:
         options["num_stages"] = num_stages
-    with _dry(target):  # device code may ask the active driver for its target
+    with dry_run(target):  # device code may ask the active driver for its target
         return triton.compile(source, target=backend, options=options)
 
 

@@ -29,6 +29,7 @@ QUESTIONS = {
     "overview": "What is the gap of one real token, and what memory do the losses need?",
     "busy": "Does the time of the PyTorch backend fall off a cliff on this CPU?",
     "compiled": "Is the PyTorch backend as fast as torch.compile of the plain formula on this CPU?",
+    "host": "How long does a call keep the host, until the kernels are launched?",
     "budgets": "Are the compiled kernels within their budgets?",
     "l2": "Which sweeps of a row would the L2 serve, by a model of it?",
     "on_chip": "What would a kernel cost that holds its row in registers?",
