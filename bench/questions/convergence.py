@@ -155,6 +155,8 @@ def plot(data: dict[str, Any], path: os.PathLike[str]) -> None:
         axes.set_yscale("log")
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.3)
+    for axes in panels[max(len(members) - columns, 0) : len(members)]:
+        axes.tick_params(labelbottom=True)  # also where the place below is empty
     for axes in panels[len(members) :]:
         axes.set_visible(False)
     panels[0].invert_xaxis()  # of all: they share it
