@@ -289,9 +289,7 @@ def _with_label_apart(
         below_maximum(label.student, max_s, rule.student_map, out=own)
         z_1 = z_1 + own.mul_(cross_entropy.unit).exp_()
     if rule.student_map.softcap is not None:
-        at_label = at_label * softcap_slope(
-            label.student, rule.student_map, torch.empty_like(max_s)
-        )
+        at_label = at_label * softcap_slope(label.student, rule.student_map)
     at_label = at_label.clamp(-LARGEST, LARGEST)
 
     weight = rule.divergence_weight * divergence.beta

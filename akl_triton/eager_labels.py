@@ -85,9 +85,7 @@ def add_label_gradient(
     token, known = _tokens(cross_entropy.labels, rows, student.shape[-1])
     of_label = torch.full_like(max_s, -rate)
     if rule.student_map.softcap is not None:
-        of_label *= softcap_slope(
-            student.gather(-1, token), rule.student_map, torch.empty_like(max_s)
-        )
+        of_label *= softcap_slope(student.gather(-1, token), rule.student_map)
     if not cross_entropy.is_of_q:
         softmax = softmax_of_labels(chunk, student, max_s, cross_entropy, rule).div_(z_1)
         if rule.student_map.softcap is not None:

@@ -20,7 +20,35 @@ from .cross_entropy import is_token
 
 
 @triton.jit
-def side_apart(
+def label_apart(
+    t_row, s_row, apart, lead, end_t, end_s,
+    scale_t, gain_t, scale_s, gain_s, scale_1,  # of `scaled`
+    reference_t, z_t, reference_s, z_s, reference_1, z_1, full_end,  # of the other tokens
+    UNTEMPERED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """(target, dtarget/dodds of the student, cross-entropy, 1 - softmax(s)_label at T = 1, the
+    three Z), Z as `_side_apart` gives it."""
+    odds_t, z_t = _side_apart(
+        t_row, apart, lead, end_t, scale_t, gain_t, reference_t, z_t, full_end,
+        float("-inf"), BLOCK,
+    )  # fmt: skip
+    odds_s, z_s = _side_apart(
+        s_row, apart, lead, end_s, scale_s, gain_s, reference_s, z_s, full_end,
+        float("nan"), BLOCK,
+    )  # fmt: skip
+    odds_1 = odds_s
+    if UNTEMPERED:
+        odds_1, z_1 = _side_apart(
+            s_row, apart, lead, end_s, scale_1, gain_s, reference_1, z_1, full_end,
+            float("nan"), BLOCK,
+        )  # fmt: skip
+    target, pull = _target_terms(odds_t, odds_s)
+    cross_entropy = -LN2 * _log2_sigmoid(odds_1)
+    return target, pull, cross_entropy, tl.exp2(_log2_sigmoid(-odds_1)), z_t, z_s, z_1
+
+
+@triton.jit
+def _side_apart(
     row, apart, lead, end,
     scale, gain,  # of `scaled`
     reference, z, full_end,  # of the statistics without the label
@@ -39,7 +67,7 @@ def side_apart(
 
 
 @triton.jit
-def target_terms(odds_t, odds_s):
+def _target_terms(odds_t, odds_s):
     """(target, in nats, and its derivative by the odds of the student, in nats)."""
     log_p, log_q = _log2_sigmoid(odds_t), _log2_sigmoid(odds_s)
     log_not_p, log_not_q = _log2_sigmoid(-odds_t), _log2_sigmoid(-odds_s)
@@ -52,12 +80,6 @@ def target_terms(odds_t, odds_s):
     pull = tl.exp2(log_q) * (p + not_p) - p
     known = (odds_t == odds_t) & (odds_s == odds_s)
     return tl.where(known, LN2 * target, float("nan")), tl.where(known, pull, float("nan"))
-
-
-@triton.jit
-def cross_entropy_apart(odds):
-    """(-ln softmax(s)_label, 1 - softmax(s)_label)."""
-    return -LN2 * _log2_sigmoid(odds), tl.exp2(_log2_sigmoid(-odds))
 
 
 @triton.jit

@@ -18,7 +18,7 @@ from . import layout
 from .arithmetic import LN2, LOG2E, rounded_sum
 from .blocks import row_offset, row_pointer
 from .cross_entropy import row_cross_entropy
-from .decoupled import cross_entropy_apart, side_apart, target_terms
+from .decoupled import label_apart
 from .divergence import row_divergence
 from .gradient import damping, kl_coefficients, row_gradient
 from .head import head_boundary
@@ -143,26 +143,15 @@ def forward_kernel(
                     t_row, s_row, lead, end_t, end_s, scale_t, gain_t, scale_s, gain_s, scale_1,
                     apart, False, False, False, True, False, UNTEMPERED, S_ALIGNED, BLOCK,
                 )  # fmt: skip
-            some = (z_t != 0.0) & (z_s != 0.0)
+            some = (z_t != 0.0) & (z_s != 0.0)  # or else a side has no other token
             others = tl.where(some, others, 0.0)
             kept_p = tl.where(some, kept_p, 0.0)
-            odds_t, z_t = side_apart(
-                t_row, apart, lead, end_t, scale_t, gain_t, reference_t, z_t, full_end,
-                float("-inf"), BLOCK,
+            target, pull, cross_entropy, not_label, z_t, z_s, z_1 = label_apart(
+                t_row, s_row, apart, lead, end_t, end_s,
+                scale_t, gain_t, scale_s, gain_s, scale_1,
+                reference_t, z_t, reference_s, z_s, reference_1, z_1, full_end, UNTEMPERED, BLOCK,
             )  # fmt: skip
-            odds_s, z_s = side_apart(
-                s_row, apart, lead, end_s, scale_s, gain_s, reference_s, z_s, full_end,
-                float("nan"), BLOCK,
-            )  # fmt: skip
-            odds_1 = odds_s
-            if UNTEMPERED:
-                odds_1, z_1 = side_apart(
-                    s_row, apart, lead, end_s, scale_1, gain_s, reference_1, z_1, full_end,
-                    float("nan"), BLOCK,
-                )  # fmt: skip
-            target, pull = target_terms(odds_t, odds_s)
             loss = alpha * target + beta * others
-            cross_entropy, not_label = cross_entropy_apart(odds_1)
             cross_entropy = tl.where(label_weight != 0.0, cross_entropy, float("nan"))
         else:
             if FORWARD & (w != 0.0):
