@@ -17,10 +17,11 @@ import triton.language as tl
 
 from .arithmetic import next_above, scaled
 from .blocks import UNROLL, edge_block, edge_count, load_edge, load_full, row_base
+from .reductions import sums
 from .statistics import normalisers
 from .terms import careful_terms, log_ratio
 
-SUMS = tl.constexpr(8)  # of `_add_terms`
+ACCUMULATORS = tl.constexpr(8)  # of `_add_terms`
 # Sums of terms beyond this, in bits, are made again with the edge block's code: sides so far apart
 # have powers of large logarithms, of which it loses less.
 LARGEST_SUM = tl.constexpr(64.0)
@@ -28,7 +29,7 @@ LARGEST_SUM = tl.constexpr(64.0)
 
 @triton.jit
 def _add_terms(
-    sums, t, p, q, ratio, crossing,
+    accumulators, t, p, q, ratio, crossing,
     least,  # logits from here on belong to the head in this block
     x, g, u,  # of the terms
     HAS_HEAD: tl.constexpr, STABLE: tl.constexpr,
@@ -36,7 +37,7 @@ def _add_terms(
 ):  # fmt: skip
     """Add a block to the sums of |p - q| over all tokens, over the head and over the ties, to the
     counts of both, and to the sums of a divergence's terms."""
-    gap, head, ties, head_count, tie_count, sum_x, sum_g, sum_squares = sums
+    gap, head, ties, head_count, tie_count, sum_x, sum_g, sum_squares = accumulators
     if TERMS is not None:
         sum_x += x
         sum_g += g
@@ -93,9 +94,9 @@ def row_divergence(
     total_squares = 0.0
     sweeps = 2
     while sweeps > 0:
-        sums = ()
-        for _ in tl.static_range(SUMS):
-            sums = sums + (tl.zeros((BLOCK,), tl.float32),)
+        accumulators = ()
+        for _ in tl.static_range(ACCUMULATORS):
+            accumulators = accumulators + (tl.zeros((BLOCK,), tl.float32),)
         # From the end, which the statistics left in the L2. Ties belong to the head in the blocks
         # before the cut, and not from there on.
         turn = tl.minimum(tl.maximum(cut // BLOCK, 1), full_end)
@@ -115,8 +116,8 @@ def row_divergence(
                 if TERMS is not None:
                     u = log_ratio(t, s, log_p, log_q, scale_t, lse_t, lse_s, shift, ONE_SCALE)
                     x, g = TERMS(log_p, log_q, u, factor_t, factor_s, a, b, False)
-                sums = _add_terms(
-                    sums, t, p, q, ratio, crossing, least, x, g, u,
+                accumulators = _add_terms(
+                    accumulators, t, p, q, ratio, crossing, least, x, g, u,
                     HAS_HEAD, STABLE, STATS, TERMS, MOMENTS,
                 )  # fmt: skip
         base_t = row_base(t_row, lead, end_t, gain_t, full_end, BLOCK)
@@ -136,14 +137,23 @@ def row_divergence(
                     t, s, log_p, log_q, shift, factor_t, factor_s, a, b, keep_p, keep_q, TERMS
                 )
             least = tl.where((block + 1) * BLOCK <= cut, crossing, above_crossing)
-            sums = _add_terms(
-                sums, t, p, q, ratio, crossing, least, x, g, u,
+            accumulators = _add_terms(
+                accumulators, t, p, q, ratio, crossing, least, x, g, u,
                 HAS_HEAD, STABLE, STATS, TERMS, MOMENTS,
             )  # fmt: skip
-        totals = ()
-        for i in tl.static_range(SUMS):
-            totals = totals + (tl.sum(sums[i], axis=0),)
-        gap, g_head, g_ties, size, ties, total_x, total_g, total_squares = totals
+        gap, head, ties, head_count, tie_count, sum_x, sum_g, sum_squares = accumulators
+        gap, g_head, g_ties, size, ties, total_x, total_g, total_squares = sums(
+            (
+                gap if HAS_HEAD or STATS else None,
+                head if HAS_HEAD else None,
+                ties if HAS_HEAD and not STABLE else None,
+                head_count if HAS_HEAD and STATS else None,
+                tie_count if HAS_HEAD and not STABLE else None,
+                sum_x if TERMS is not None else None,
+                sum_g if TERMS is not None else None,
+                sum_squares if MOMENTS else None,
+            )
+        )
         sweeps -= 1
         size_of_sums = tl.abs(total_x) + tl.abs(total_g) + tl.abs(total_squares)
         if TERMS is None or size_of_sums < (float("inf") if MOMENTS else LARGEST_SUM):

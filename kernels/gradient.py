@@ -131,6 +131,42 @@ def _edge_gradient(
 
 
 @triton.jit
+def _full_gradient(
+    t, s, scale_t, gain_t, scale_s, gain_s, scale_1, lse_t, lse_s, lse_1,
+    coefficients, factor_t, pull,  # factor_t and pull are of the terms
+    of_label, a, b,
+    FORWARD: tl.constexpr, REVERSE: tl.constexpr,
+    TERMS: tl.constexpr, HYBRID: tl.constexpr, MOMENTS: tl.constexpr,
+    ONE_SCALE: tl.constexpr, UNTEMPERED: tl.constexpr,
+):  # fmt: skip
+    """ds of a full block."""
+    log_p = scaled(t, scale_t, gain_t, lse_t)
+    log_q = scaled(s, scale_s, gain_s, lse_s)
+    if TERMS is not None:
+        rate, total, shift, factor_s, of_p, _ = coefficients
+        u = log_ratio(t, s, log_p, log_q, scale_t, lse_t, lse_s, shift, ONE_SCALE)
+        x, g = TERMS(log_p, log_q, u, factor_t, factor_s, a, b, False)
+        if MOMENTS:
+            g -= total * x
+        ds = rate * g - tl.exp2(log_q) * pull
+        if HYBRID:
+            ds -= of_p * tl.exp2(log_p)
+    else:
+        slope, offset, teacher, _, _, _ = coefficients
+        factor = offset
+        if REVERSE:
+            factor = slope * (log_p - log_q) + offset
+        ds = tl.exp2(log_q) * factor
+        if FORWARD:
+            ds -= teacher * tl.exp2(log_p)
+    if UNTEMPERED:
+        ds += tl.exp2(scaled(s, scale_1, gain_s, lse_1)) * of_label
+    if gain_s is not None:
+        ds *= softcap_slope(s, gain_s)
+    return ds
+
+
+@triton.jit
 def row_gradient(
     ds_row,  # gradient of the row, offset 0; may be s_row
     t_row, s_row, lead, end_t, end_s,
@@ -171,6 +207,7 @@ def row_gradient(
         offset = held(offset, LARGEST_COEFFICIENT)
         teacher = held(teacher, LARGEST_COEFFICIENT)
         lost = held(lost, LARGEST_COEFFICIENT)
+        factor_t, pull = 0.0, 0.0
         moderate = _moderate(slope) & _moderate(offset)
         if REVERSE:
             lse_t, lse_s, slope, offset, teacher, lost = _lifted(
@@ -196,32 +233,31 @@ def row_gradient(
             label_rate, a, b, keep_p, keep_q, TERMS, HYBRID, MOMENTS, HAS_LABELS, UNTEMPERED,
         )  # fmt: skip
         tl.debug_barrier()  # ds may be s: nobody writes before this is read
-    # Loads stay behind the stores before them (ds may be s): a longer turn takes no registers.
-    for block in tl.range(1, full_end, loop_unroll_factor=2 * UNROLL):
+    # No load passes a store, as ds may be s: all of a turn stand before the first of its stores.
+    turns = (full_end - 1) // UNROLL
+    for turn in tl.range(0, turns):
+        begin = 1 + turn * UNROLL
+        logits = ()
+        for i in tl.static_range(UNROLL):
+            t = load_full(t_row, begin + i, True, BLOCK, DONE)
+            s = load_full(s_row, begin + i, S_ALIGNED, BLOCK, DONE)
+            logits = logits + ((t, s),)
+        for i in tl.static_range(UNROLL):
+            t, s = logits[i]
+            ds = _full_gradient(
+                t, s, scale_t, gain_t, scale_s, gain_s, scale_1, lse_t, lse_s, lse_1,
+                coefficients, factor_t, pull, of_label, a, b,
+                FORWARD, REVERSE, TERMS, HYBRID, MOMENTS, ONE_SCALE, UNTEMPERED,
+            ).to(ds_row.dtype.element_ty)  # fmt: skip
+            tl.store(ds_row + block_offsets(begin + i, BLOCK), ds, eviction_policy=DONE)
+    for block in range(1 + turns * UNROLL, full_end):
         t = load_full(t_row, block, True, BLOCK, DONE)
         s = load_full(s_row, block, S_ALIGNED, BLOCK, DONE)
-        log_p = scaled(t, scale_t, gain_t, lse_t)
-        log_q = scaled(s, scale_s, gain_s, lse_s)
-        if TERMS is not None:
-            u = log_ratio(t, s, log_p, log_q, scale_t, lse_t, lse_s, shift, ONE_SCALE)
-            x, g = TERMS(log_p, log_q, u, factor_t, factor_s, a, b, False)
-            if MOMENTS:
-                g -= total * x
-            ds = rate * g - tl.exp2(log_q) * pull
-            if HYBRID:
-                ds -= of_p * tl.exp2(log_p)
-        else:
-            factor = offset
-            if REVERSE:
-                factor = slope * (log_p - log_q) + offset
-            ds = tl.exp2(log_q) * factor
-            if FORWARD:
-                ds -= teacher * tl.exp2(log_p)
-        if UNTEMPERED:
-            ds += tl.exp2(scaled(s, scale_1, gain_s, lse_1)) * of_label
-        if gain_s is not None:
-            ds *= softcap_slope(s, gain_s)
-        ds = ds.to(ds_row.dtype.element_ty)
+        ds = _full_gradient(
+            t, s, scale_t, gain_t, scale_s, gain_s, scale_1, lse_t, lse_s, lse_1,
+            coefficients, factor_t, pull, of_label, a, b,
+            FORWARD, REVERSE, TERMS, HYBRID, MOMENTS, ONE_SCALE, UNTEMPERED,
+        ).to(ds_row.dtype.element_ty)  # fmt: skip
         tl.store(ds_row + block_offsets(block, BLOCK), ds, eviction_policy=DONE)
     base_t = row_base(t_row, lead, end_t, gain_t, full_end, BLOCK, apart)
     base_s = row_base(s_row, lead, end_s, gain_s, full_end, BLOCK, apart)

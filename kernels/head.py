@@ -24,8 +24,12 @@ import triton.language as tl
 
 from .arithmetic import capped, scaled
 from .blocks import load_edge, load_full
+from .reductions import maxima, sums
 
 PIVOTS = tl.constexpr(4)
+# Full blocks per turn of a scan, whose loads are in flight together: the pivots leave no room for
+# more.
+SCAN_UNROLL = tl.constexpr(2)
 # mu is exact to a few roundings of fp32, and a head of all the mass would have no boundary.
 LARGEST_MU = tl.constexpr(1.0 - 2.0**-20)
 # Nothing 2^-64 below the most probable token can hold a visible share of the mass.
@@ -91,6 +95,7 @@ def head_boundary(
     reference,  # of the statistics
     z,  # Z_t of the statistics
     slots,  # [BLOCK] slot maxima of the statistics
+    top,  # the largest of them
     hidden,  # no token that is no slot maximum has a larger mass
     full_end,  # 0 if the row has a base
     mu,
@@ -103,7 +108,6 @@ def head_boundary(
     `cut` is end_t where all ties belong to the head, and 0 where none do or ties are averaged."""
     dtype: tl.constexpr = t_row.dtype.element_ty
     target = tl.minimum(mu, LARGEST_MU) * z
-    top = tl.max(slots, axis=0)
     base = tl.where(full_end == 0, 0.5 * capped(top, gain), 0.0)
     top_mass = _mass(top, scale, gain, reference, base)
     crossing = top
@@ -120,8 +124,8 @@ def head_boundary(
         slots_suffice = (low < high) & crosses(known, target, INCLUSIVE) & (full_end > 0)
         if slots_suffice:
             crossing, above, reached = _search(
-                t_row, lead, end_t, scale, gain, base, reference, slots, target, low, high, known,
-                INCLUSIVE, True, dtype, BLOCK,
+                t_row, lead, end_t, scale, gain, base, reference, slots, top, target, low, high,
+                known, INCLUSIVE, True, dtype, BLOCK,
             )  # fmt: skip
         else:
             low = _lowest_key(dtype)
@@ -129,7 +133,7 @@ def head_boundary(
                 low = tl.maximum(low, key_of(top - DEPTH / scale, dtype) - 1)
             low = tl.minimum(low, high - 1)  # fp32 goes on below the lowest number of bf16
             crossing, above, reached = _search(
-                t_row, lead, end_t, scale, gain, base, reference, slots, target, low, high, z,
+                t_row, lead, end_t, scale, gain, base, reference, slots, top, target, low, high, z,
                 INCLUSIVE, False, dtype, BLOCK,
             )  # fmt: skip
     tie_mass = _mass(crossing, scale, gain, reference, base)
@@ -181,12 +185,12 @@ def _estimate(slots, scale, gain, base, reference, target, top, BLOCK: tl.conste
     # Where logits are so large that a step is lost in their rounding, there is nothing to halve.
     while (step > finest) & (high > top - DEPTH / steepness) & (high - step < high):
         inside = (slots > high - step) & (slots <= high)
-        held = tl.maximum(tl.sum(inside.to(tl.float32), axis=0), 0.5)
+        held, seen = sums((inside.to(tl.float32), tl.where(inside, slot_mass, 0.0)))
+        held = tl.maximum(held, 0.5)
         count = tl.minimum(slots_above + held, BLOCK - 0.5)
         # Tokens in the bin for each that is seen: on average, and at the bin's upper end.
         tokens = BLOCK * tl.log((BLOCK - slots_above) / (BLOCK - count)) / held
         heaviest = BLOCK / (BLOCK - slots_above)
-        seen = tl.sum(tl.where(inside, slot_mass, 0.0), axis=0)
         mass = mass_above + seen * 0.5 * (tokens + heaviest)
         if (mass < target) & (count < BLOCK - 1):  # behind the last slot nothing is known
             high -= step
@@ -239,7 +243,7 @@ def _add_masses(
 
 @triton.jit
 def _search(
-    t_row, lead, end_t, scale, gain, base, reference, slots, target,
+    t_row, lead, end_t, scale, gain, base, reference, slots, top, target,
     low, high, mass_low,  # the bracket's keys: mass(low) crosses, mass(high) = 0 does not
     INCLUSIVE: tl.constexpr,
     SLOTS: tl.constexpr,  # sum over the slot maxima, not over the row
@@ -254,7 +258,6 @@ def _search(
     fell_short = 0
     x = value_of(high, dtype)
     if not SLOTS:
-        top = tl.max(slots, axis=0)
         x, saturation = _estimate(slots, scale, gain, base, reference, target, top, BLOCK)
         reach = tl.where(saturation > 0.8, PIVOT_FAR, PIVOT_NEAR) / _steepness(scale, gain)
     last = tl.where(base == 0.0, end_t // BLOCK, 0)
@@ -289,7 +292,7 @@ def _search(
                 scale, gain, reference, None, dtype,
             )  # fmt: skip
         else:
-            for block in range(1, last):
+            for block in tl.range(1, last, loop_unroll_factor=SCAN_UNROLL):
                 t = load_full(t_row, block, True, BLOCK)
                 mass, below, above = _add_masses(
                     t, mass, pivots, below, above, low_value, high_value,
@@ -303,10 +306,12 @@ def _search(
                 )  # fmt: skip
         if dtype == tl.float32:
             # No logit lies between the bracket's ends and these: moving the ends keeps both masses.
-            high = key_of(tl.max(below, axis=0), dtype) + 1
-            low = key_of(tl.min(above, axis=0), dtype)
+            nearest_below, nearest_above = maxima((below, -above))
+            high = key_of(nearest_below, dtype) + 1
+            low = key_of(-nearest_above, dtype)
+        totals = sums(mass)
         for i in tl.static_range(PIVOTS):
-            total = tl.sum(mass[i], axis=0)
+            total = totals[i]
             if crosses(total, target, INCLUSIVE):
                 mass_low = tl.where(inside[i] >= low, total, mass_low)
                 low = tl.maximum(low, inside[i])
@@ -361,13 +366,17 @@ def _cut_behind(t_row, lead, end_t, crossing, taken, ties, BLOCK: tl.constexpr):
         walked += 1
     # The last tie before the cut, counted from the front of the chunk: which block, where in it.
     rank = tl.where(onwards, wanted - seen, count - (wanted - seen))
+    of_block = ()
+    for i in tl.static_range(CHUNK):
+        of_block = of_block + ((noted >> i) & 1,)
+    of_block = sums(of_block)
     block = 0
     before = 0
-    here = tl.sum(noted & 1, axis=0)
-    while (block < CHUNK - 1) & (before + here < rank):
-        before += here
-        block += 1
-        here = tl.sum((noted >> block) & 1, axis=0)
+    behind = 0
+    for i in tl.static_range(CHUNK - 1):
+        behind += of_block[i]
+        block += (behind < rank).to(tl.int32)
+        before = tl.where(behind < rank, behind, before)
     tie = (noted >> block) & 1
     inside = (tie == 1) & (before + tl.cumsum(tie, axis=0) <= rank)
     return (start + block) * BLOCK + tl.max(tl.where(inside, columns + 1, 0), axis=0)

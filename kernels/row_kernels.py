@@ -88,7 +88,7 @@ def forward_kernel(
         if APART and not STATS:  # they are of all tokens
             apart = lead + label
         (
-            reference_t, z_t, reference_s, z_s, reference_1, z_1, slots, hidden,
+            reference_t, z_t, reference_s, z_s, reference_1, z_1, slots, top, hidden,
             forward_kl, reverse_kl, kept_p, kept_q, entropy_t, entropy_s, agreement, full_end,
         ) = row_statistics(
             t_row, s_row, lead, end_t, end_s, scale_t, gain_t, scale_s, gain_s, scale_1, apart,
@@ -107,8 +107,8 @@ def forward_kernel(
         crossing, mass, taken, tie_mass, cut = 0.0, float("nan"), float("nan"), 0.0, 0
         if HAS_HEAD:
             crossing, mass, taken, tie_mass, cut = head_boundary(
-                t_row, lead, end_t, scale_t, gain_t, reference_t, z_t, slots, hidden, full_end, mu,
-                INCLUSIVE, STABLE, BLOCK,
+                t_row, lead, end_t, scale_t, gain_t, reference_t, z_t, slots, top, hidden, full_end,
+                mu, INCLUSIVE, STABLE, BLOCK,
             )  # fmt: skip
         w, total_x, total_g = forward_weight, 0.0, 0.0
         pivot = forward_kl * LOG2E  # the mean of u where its weights are p
@@ -137,7 +137,7 @@ def forward_kernel(
             others = forward_kl
             if STATS:
                 (
-                    reference_t, z_t, reference_s, z_s, reference_1, z_1, _, _,
+                    reference_t, z_t, reference_s, z_s, reference_1, z_1, _, _, _,
                     others, _, kept_p, _, _, _, _, full_end,
                 ) = row_statistics(
                     t_row, s_row, lead, end_t, end_s, scale_t, gain_t, scale_s, gain_s, scale_1,

@@ -38,6 +38,7 @@ from .blocks import (
     row_base,
     row_max,
 )
+from .reductions import maxima, sums
 
 # Rows whose sum of exponentials exceeds this are summed again from their true maximum: it keeps the
 # arguments of exp2 below 20 + log2(V), where their rounding is harmless, and far from overflow.
@@ -69,7 +70,7 @@ def row_statistics(
     S_ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """(reference_t, Z_t, reference_s, Z_s, reference_1, Z_1, slots [BLOCK], hidden,
+    """(reference_t, Z_t, reference_s, Z_s, reference_1, Z_1, slots [BLOCK], top, hidden,
     forward_kl, reverse_kl, kept_p, kept_q, entropy_t, entropy_s, agreement, full_end)
 
     Z is NaN where a side has no softmax, and 0 where it has nothing but the token apart. kept_p and
@@ -80,8 +81,12 @@ def row_statistics(
     full_end = full_blocks_end(end_t, end_s, BLOCK)
     blocks = tl.cdiv(tl.maximum(end_t, end_s), BLOCK)
 
-    first_t = tl.max(load_edge(t_row, columns, lead, end_t, apart), axis=0)
-    first_s = tl.max(load_edge(s_row, columns, lead, end_s, apart), axis=0)
+    first_t, first_s = maxima(
+        (
+            load_edge(t_row, columns, lead, end_t, apart),
+            load_edge(s_row, columns, lead, end_s, apart),
+        )
+    )
     reference_t = scaled(first_t, scale_t, gain_t, 0.0)
     reference_s = scaled(first_s, scale_s, gain_s, 0.0)
     reference_1 = 0.0
@@ -90,7 +95,10 @@ def row_statistics(
     z_t = 0.0
     z_s = 0.0
     z_1 = 0.0
+    top = 0.0
     hidden = 0.0
+    top_s = 0.0
+    top_both = 0.0
     forward = 0.0
     reverse = 0.0
     lost_t = 0.0
@@ -172,26 +180,32 @@ def row_statistics(
                 sum_log_s += e_s * tl.maximum(x_s, LOWEST)
                 tops = tl.maximum(tops, s)
                 both = tl.maximum(both, t + s)
-        z_t = tl.sum(sum_t, axis=0)
-        z_s = tl.sum(sum_s, axis=0)
-        fits = (z_t < SUM_LIMIT) & (z_s < SUM_LIMIT)  # false for NaN
-        if UNTEMPERED:
-            z_1 = tl.sum(sum_1, axis=0)
-            fits = fits & (z_1 < SUM_LIMIT)
+        z_t, z_s, lost_t, lost_s, forward, reverse, log_t, log_s, z_1 = sums(
+            (
+                sum_t,
+                sum_s,
+                sum_lost_t if FORWARD or REVERSE else None,
+                sum_lost_s if FORWARD or REVERSE else None,
+                sum_forward if FORWARD else None,
+                sum_reverse if REVERSE else None,
+                sum_log_t if ENTROPY or STATS else None,
+                sum_log_s if STATS else None,
+                sum_1 if UNTEMPERED else None,
+            )
+        )
         if SLOTS:
-            maxima = tl.exp2(scaled(slots, scale_t, gain_t, reference_t, base_t))
-            hidden = tl.max(sum_t * SUM_SLACK - maxima, axis=0)
-        known = True
-        if FORWARD or REVERSE:
-            forward = tl.sum(sum_forward, axis=0)
-            reverse = tl.sum(sum_reverse, axis=0)
-            lost_t = tl.sum(sum_lost_t, axis=0)
-            lost_s = tl.sum(sum_lost_s, axis=0)
-            known = tl.abs(forward) + tl.abs(reverse) < float("inf")
-        if ENTROPY or STATS:
-            log_t = tl.sum(sum_log_t, axis=0)
-            log_s = tl.sum(sum_log_s, axis=0)
-            known = known & (tl.abs(log_t) + tl.abs(log_s) < float("inf"))
+            masses = tl.exp2(scaled(slots, scale_t, gain_t, reference_t, base_t))
+            top, hidden, top_s, top_both = maxima(
+                (
+                    slots,
+                    sum_t * SUM_SLACK - masses,
+                    tops if STATS else None,
+                    both if STATS else None,
+                )
+            )
+        fits = (z_t < SUM_LIMIT) & (z_s < SUM_LIMIT) & (z_1 < SUM_LIMIT)  # false for NaN
+        known = tl.abs(forward) + tl.abs(reverse) < float("inf")
+        known = known & (tl.abs(log_t) + tl.abs(log_s) < float("inf"))
         sweeps -= 1
         moderate = _moderate(reference_t) & _moderate(reference_s) & _moderate(reference_1)
         if fits & moderate & known:
@@ -227,10 +241,9 @@ def row_statistics(
     entropy_s = LN2 * (tl.log2(z_s) - log_s / z_s)
     agreement = 0.0
     if STATS:
-        top = tl.max(slots, axis=0) + tl.max(tops, axis=0)
-        agreement = tl.where(tl.max(both, axis=0) == top, 1.0, 0.0)
+        agreement = tl.where(top_both == top + top_s, 1.0, 0.0)
     return (
-        reference_t, z_t, reference_s, z_s, reference_1, z_1, slots, tl.maximum(hidden, 0.0),
+        reference_t, z_t, reference_s, z_s, reference_1, z_1, slots, top, tl.maximum(hidden, 0.0),
         forward_kl, reverse_kl, kept_p, kept_q, entropy_t, entropy_s, agreement, full_end,
     )  # fmt: skip
 

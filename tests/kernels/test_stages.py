@@ -28,7 +28,7 @@ def statistics_kernel(
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     (
-        reference_t, z_t, reference_s, z_s, reference_1, z_1, slots, hidden,
+        reference_t, z_t, reference_s, z_s, reference_1, z_1, slots, top, hidden,
         forward_kl, reverse_kl, kept_p, kept_q, entropy_t, entropy_s, agreement, full_end,
     ) = row_statistics(
         t_ptr, s_ptr, 0, V, V, scale, None, scale, None, LOG2E, apart,
@@ -51,6 +51,7 @@ def statistics_kernel(
     tl.store(out_ptr + 11, agreement)
     tl.store(out_ptr + 12, cross_entropy)
     tl.store(out_ptr + 13, full_end.to(tl.float32))
+    tl.store(out_ptr + 14, top)
     tl.store(slots_ptr + tl.arange(0, BLOCK), slots)
 
 
@@ -61,8 +62,8 @@ def head_kernel(
 ):  # fmt: skip
     slots = tl.load(slots_ptr + tl.arange(0, BLOCK))
     crossing, mass, k, each, cut = head_boundary(
-        t_ptr, 0, V, scale, None, reference, z, slots, hidden, V // BLOCK, mu,
-        INCLUSIVE, True, BLOCK,
+        t_ptr, 0, V, scale, None, reference, z, slots, tl.max(slots, axis=0), hidden, V // BLOCK,
+        mu, INCLUSIVE, True, BLOCK,
     )  # fmt: skip
     tl.store(out_ptr + 0, crossing)
     tl.store(out_ptr + 1, mass)
@@ -152,12 +153,13 @@ def row(device: torch.device) -> Row:
 
 
 def test_statistics(row: Row, device: torch.device) -> None:
-    out = torch.full((14,), torch.nan, device=device)
+    out = torch.full((15,), torch.nan, device=device)
     slots = torch.full((BLOCK,), torch.nan, device=device)
     statistics_kernel[(1,)](
         row.teacher, row.student, out, slots, V, row.scale, LABEL, None, BLOCK=BLOCK
     )
     assert torch.equal(slots, row.slots)
+    assert out[14] == slots.max()
     share = out[4].item() / out[1].item()
     assert row.heaviest_hidden < share * row.z_t < 1.001 * row.hidden
     for logits, (reference, z) in ((row.teacher, out[:2]), (row.student, out[2:4])):
@@ -175,13 +177,13 @@ def test_statistics(row: Row, device: torch.device) -> None:
     expected = [float(o.forward_kl), float(o.reverse_kl), 1.0, 1.0]
     expected += [*entropies, agreement, cross_entropy, V // BLOCK]
     torch.testing.assert_close(
-        out[5:].cpu().double(), torch.tensor(expected).double(), rtol=1e-6, atol=1e-6
+        out[5:14].cpu().double(), torch.tensor(expected).double(), rtol=1e-6, atol=1e-6
     )
 
 
 def statistics_of(teacher: torch.Tensor, student: torch.Tensor) -> list[float]:
     """(reference_t, Z_t, reference_s, Z_s, hidden) of two rows whose logits are to base 2."""
-    out = torch.full((14,), torch.nan, device=teacher.device)
+    out = torch.full((15,), torch.nan, device=teacher.device)
     slots = torch.full((BLOCK,), torch.nan, device=teacher.device)
     statistics_kernel[(1,)](teacher, student, out, slots, V, 1.0, LABEL, None, BLOCK=BLOCK)
     return out[:5].tolist()
@@ -191,7 +193,7 @@ def statistics_of(teacher: torch.Tensor, student: torch.Tensor) -> list[float]:
 def test_statistics_leave_a_token_out(row: Row, apart: int, device: torch.device) -> None:
     """In the first block, in a full one and in the last: both sums and both KLs are those of the
     other tokens."""
-    out = torch.full((14,), torch.nan, device=device)
+    out = torch.full((15,), torch.nan, device=device)
     slots = torch.full((BLOCK,), torch.nan, device=device)
     teacher, student = row.teacher.clone(), row.student.clone()
     teacher[apart], student[apart] = 60.0, -60.0  # of all weight, if they counted

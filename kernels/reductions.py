@@ -1,0 +1,69 @@
+"""Several reductions over a block at once.
+
+A reduction over the warps of a program has two barriers and one before the next. Accumulators that
+are joined to one tensor share them, and are added in the same order as alone.
+"""
+
+import triton
+import triton.language as tl
+
+# More at once would hold registers for longer than their barriers cost.
+MOST = tl.constexpr(8)
+
+
+@triton.jit
+def sums(values):
+    """The sum of each [BLOCK] tensor of a tuple; 0 in the place of None."""
+    return _reduced(values, tl.sum)
+
+
+@triton.jit
+def maxima(values):
+    """The maximum of each [BLOCK] tensor of a tuple."""
+    return _reduced(values, tl.max)
+
+
+@triton.jit
+def _reduced(values, REDUCTION: tl.constexpr):
+    given = ()
+    for i in tl.static_range(len(values)):
+        if values[i] is not None:
+            given = given + (values[i],)
+    results = ()
+    for begin in tl.static_range(0, len(given), MOST):
+        results = results + _at_once(given[begin : begin + MOST], REDUCTION)
+    in_order = ()
+    used = ()
+    for i in tl.static_range(len(values)):
+        if values[i] is None:
+            in_order = in_order + (0.0,)
+        else:
+            in_order = in_order + (results[len(used)],)
+            used = used + (i,)
+    return in_order
+
+
+@triton.jit
+def _at_once(values, REDUCTION: tl.constexpr):
+    """Reduce up to MOST tensors as one of [BLOCK, 2, 2, ...]: it is filled up with the last one."""
+    for _ in tl.static_range(MOST):
+        if len(values) & (len(values) - 1) != 0:
+            values = values + (values[len(values) - 1],)
+    joins = ()
+    for _ in tl.static_range(MOST):
+        if len(values) > 1:
+            pairs = ()
+            for i in tl.static_range(len(values) // 2):
+                pairs = pairs + (tl.join(values[i], values[i + len(values) // 2]),)
+            values = pairs
+            joins = joins + (0,)
+    parts = (REDUCTION(values[0], axis=0),)
+    for _ in tl.static_range(len(joins)):
+        first = ()
+        second = ()
+        for i in tl.static_range(len(parts)):
+            left, right = tl.split(parts[i])
+            first = first + (left,)
+            second = second + (right,)
+        parts = first + second
+    return parts
