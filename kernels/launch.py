@@ -4,16 +4,15 @@ Nothing of size [N, V] is allocated here: outputs come from the caller.
 """
 
 import contextlib
-import functools
-import os
 from collections.abc import Callable
 
 import torch
 import triton
 from triton.runtime import driver
 
-from .launch_table import CANDIDATES, REGISTERS, launch_for
+from .launch_table import Launch, launch_for
 from .row_kernels import backward_kernel, forward_kernel, rescale_kernel
+from .tuning import is_autotuning, tuned_launch
 
 LOG2E = 1.4426950408889634
 
@@ -53,53 +52,46 @@ def forward(
         temperature, student_softcap, teacher_softcap, student_logit_scale, teacher_logit_scale
     )
     has_head = weight is None and terms is None and tau is None
-    tuned = _autotuning()
-    kernel = tuned_forward() if tuned else forward_kernel
-    with _device_of(student):
-        kernel[(loss.shape[0],)](
-            s_ptr=student,
-            t_ptr=teacher,
-            valid_ptr=valid,
-            labels_ptr=labels,
-            loss_ptr=loss,
-            state_ptr=state,
-            stats_ptr=stats,
-            ds_ptr=gradient,
-            upstream_ptr=upstream,
-            stride_upstream=0 if upstream is None else upstream.stride(0),
-            rate=_fp32(divergence_weight * student_logit_scale / temperature),
-            label_rate=_fp32(label_weight * student_logit_scale),
-            **maps,
-            mu=mu,
-            tau=tau or 0.0,
-            eta=eta or 0.0,
-            alpha=0.0 if parts is None else float(parts[0]),
-            beta=0.0 if parts is None else float(parts[1]),
-            forward_weight=_forward_weight(weight, terms, parts),
-            divergence_weight=divergence_weight,
-            label_weight=label_weight,
-            **_of_terms(terms, numbers, limits, eta, parts, maps),
-            HAS_HEAD=has_head,
-            SWITCHES=tau is not None,
-            INCLUSIVE=inclusive,
-            STABLE=stable,
-            FORWARD=stats is not None
-            or (weight != 0.0 if terms is None else eta is not None or parts is not None),
-            REVERSE=(terms is None and weight != 1.0) or stats is not None,
-            STATS=stats is not None,
-            **_of_labels(labels, temperature, apart=parts is not None and terms is None),
-            HAS_MASK=valid is not None,
-            HAS_GRADIENT=gradient is not None,
-            DAMPED=damped,
-            **_addressing(student, teacher, student if gradient is None else gradient, tuned),
-            **_registers(
-                "head or statistics"
-                if stats is not None or has_head
-                else "terms"
-                if terms
-                else "fixed weight"
-            ),
-        )
+    arguments = dict(
+        s_ptr=student,
+        t_ptr=teacher,
+        valid_ptr=valid,
+        labels_ptr=labels,
+        loss_ptr=loss,
+        state_ptr=state,
+        stats_ptr=stats,
+        ds_ptr=gradient,
+        upstream_ptr=upstream,
+        stride_upstream=0 if upstream is None else upstream.stride(0),
+        rate=_fp32(divergence_weight * student_logit_scale / temperature),
+        label_rate=_fp32(label_weight * student_logit_scale),
+        **maps,
+        mu=mu,
+        tau=tau or 0.0,
+        eta=eta or 0.0,
+        alpha=0.0 if parts is None else float(parts[0]),
+        beta=0.0 if parts is None else float(parts[1]),
+        forward_weight=_forward_weight(weight, terms, parts),
+        divergence_weight=divergence_weight,
+        label_weight=label_weight,
+        **_of_terms(terms, numbers, limits, eta, parts, maps),
+        HAS_HEAD=has_head,
+        SWITCHES=tau is not None,
+        INCLUSIVE=inclusive,
+        STABLE=stable,
+        FORWARD=stats is not None
+        or (weight != 0.0 if terms is None else eta is not None or parts is not None),
+        REVERSE=(terms is None and weight != 1.0) or stats is not None,
+        STATS=stats is not None,
+        **_of_labels(labels, temperature, apart=parts is not None and terms is None),
+        HAS_MASK=valid is not None,
+        HAS_GRADIENT=gradient is not None,
+        DAMPED=damped,
+        **_addressing(student, teacher, student if gradient is None else gradient),
+    )
+    with_statistics = stats is not None or has_head
+    name = "head or statistics" if with_statistics else "terms" if terms else "fixed weight"
+    _launch(forward_kernel, name, loss.shape[0], arguments)
 
 
 def backward(
@@ -129,34 +121,26 @@ def backward(
     maps = _maps(
         temperature, student_softcap, teacher_softcap, student_logit_scale, teacher_logit_scale
     )
-    tuned = _autotuning()
-    kernel = tuned_backward() if tuned else backward_kernel
-    with _device_of(student):
-        kernel[(upstream.shape[0],)](
-            ds_ptr=gradient,
-            s_ptr=student,
-            t_ptr=teacher,
-            valid_ptr=valid,
-            labels_ptr=labels,
-            state_ptr=state,
-            upstream_ptr=upstream,
-            stride_upstream=upstream.stride(0),
-            label_rate=_fp32(label_weight * student_logit_scale),
-            **maps,
-            **_of_terms(terms, numbers, limits, eta, parts, maps),
-            FORWARD=weight != 0.0,
-            REVERSE=weight != 1.0,
-            **_of_labels(labels, temperature, apart=parts is not None and terms is None),
-            HAS_MASK=valid is not None,
-            **_addressing(student, teacher, gradient, tuned),
-            **_registers(
-                "gradient of terms"
-                if terms
-                else "gradient"
-                if softcap is None
-                else "gradient with a softcap"
-            ),
-        )
+    arguments = dict(
+        ds_ptr=gradient,
+        s_ptr=student,
+        t_ptr=teacher,
+        valid_ptr=valid,
+        labels_ptr=labels,
+        state_ptr=state,
+        upstream_ptr=upstream,
+        stride_upstream=upstream.stride(0),
+        label_rate=_fp32(label_weight * student_logit_scale),
+        **maps,
+        **_of_terms(terms, numbers, limits, eta, parts, maps),
+        FORWARD=weight != 0.0,
+        REVERSE=weight != 1.0,
+        **_of_labels(labels, temperature, apart=parts is not None and terms is None),
+        HAS_MASK=valid is not None,
+        **_addressing(student, teacher, gradient),
+    )
+    name = "gradient of terms" if terms else "gradient with a softcap" if softcap else "gradient"
+    _launch(backward_kernel, name, upstream.shape[0], arguments)
 
 
 def rescale(
@@ -164,16 +148,37 @@ def rescale(
     factor: torch.Tensor,  # [N] fp32, any stride
 ) -> None:
     """Launch rows *= factor, in place."""
-    launch = launch_for(rows.shape[1])
+    launch = launch_for("gradient", rows.shape[1])
     with _device_of(rows):
         rescale_kernel[(rows.shape[0],)](
             x_ptr=rows,
             factor_ptr=factor,
             stride_factor=factor.stride(0),
             V=rows.shape[1],
-            BLOCK=launch.BLOCK,
-            num_warps=launch.num_warps,
+            **_options(launch),
         )
+
+
+def _launch(kernel, name, rows, arguments) -> None:
+    """Launch a kernel, named in the launch table, over rows."""
+    student = arguments["s_ptr"]
+
+    def run(rows: int, launch: Launch) -> None:
+        kernel[(rows,)](**arguments, **_options(launch))
+
+    with _device_of(student):
+        if is_autotuning():
+            gradient = arguments["ds_ptr"]
+            in_place = gradient is not None and gradient.data_ptr() == student.data_ptr()
+            sizes = (value for key, value in arguments.items() if key.isupper() or key[0] == "V")
+            capped = (arguments["gain_t"] is None, arguments["gain_s"] is None)
+            dtypes = student.dtype, arguments["t_ptr"].dtype
+            launch = tuned_launch(
+                name, run, rows, student if in_place else None, *dtypes, *capped, in_place, *sizes
+            )
+        else:
+            launch = launch_for(name, max(arguments["V_s"], arguments["V_t"]))
+        run(rows, launch)
 
 
 def _maps(
@@ -231,13 +236,13 @@ def _fp32(number: float) -> float:
     return min(number, 2.0**126)
 
 
-def _addressing(student, teacher, gradient, tuned) -> dict:
-    """Strides, sizes, alignment, and the launch unless that is tuned.
+def _addressing(student, teacher, gradient) -> dict:
+    """Strides, sizes and alignment.
 
     Tensors that stand where the teacher stands between 16-byte boundaries, in every row, are read
     and written 16 bytes at a time."""
     lead = _lead(teacher)
-    arguments = {
+    return {
         "outer_s": student.stride(0),
         "outer_t": teacher.stride(0),
         "outer_ds": gradient.stride(0),
@@ -252,9 +257,6 @@ def _addressing(student, teacher, gradient, tuned) -> dict:
         "S_ALIGNED": _lead(student) == lead,
         "DS_ALIGNED": _lead(gradient) == lead,
     }
-    if not tuned:
-        arguments |= launch_for(max(student.shape[2], teacher.shape[2]))._asdict()
-    return arguments
 
 
 def _lead(logits) -> tuple[int, int, int]:
@@ -265,11 +267,15 @@ def _lead(logits) -> tuple[int, int, int]:
     return base % 8, outer % 8, logits.stride(1) % 8
 
 
-def _registers(kernel: str) -> dict:
-    """The limit on registers, as an option of the launch; only NVIDIA's compiler knows it."""
-    if triton.knobs.runtime.interpret or driver.active.get_current_target().backend != "cuda":
-        return {}
-    return {"maxnreg": REGISTERS[kernel]}
+def _options(launch: Launch) -> dict:
+    """A launch as Triton's options."""
+    options = {"BLOCK": launch.BLOCK, "num_warps": launch.warps}
+    if not triton.knobs.runtime.interpret:
+        target = driver.active.get_current_target()
+        options["num_warps"] = max(launch.warps * 32 // target.warp_size, 1)
+        if target.backend == "cuda":
+            options["maxnreg"] = launch.registers
+    return options
 
 
 def _device_of(tensor):
@@ -277,24 +283,3 @@ def _device_of(tensor):
     if tensor.device.type == "cpu":
         return contextlib.nullcontext()
     return torch.get_device_module(tensor.device).device(tensor.device)
-
-
-def _autotuning() -> bool:
-    """Whether the launch is chosen by timing; read at every call, never at import."""
-    return os.environ.get("AKL_AUTOTUNE") == "1"
-
-
-@functools.cache
-def tuned_forward():
-    return _timed(forward_kernel, "V_s", "V_t", "HAS_HEAD", "HAS_GRADIENT")
-
-
-@functools.cache
-def tuned_backward():
-    return _timed(backward_kernel, "V_s", "V_t")
-
-
-def _timed(kernel, *key):
-    """The kernel with the fastest of CANDIDATES, timed for all values of what `key` names."""
-    configs = [triton.Config({"BLOCK": c.BLOCK}, num_warps=c.num_warps) for c in CANDIDATES]
-    return triton.autotune(configs, key=key, restore_value=["s_ptr"])(kernel)

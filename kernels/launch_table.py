@@ -1,40 +1,62 @@
-"""The block and the warps that a vocabulary size gets: the only place that decides them."""
+"""The launch that a kernel and a vocabulary size get: the only place that decides it."""
 
 from typing import NamedTuple
 
 
 class Launch(NamedTuple):
-    """Columns per block, and warps per row (one program)."""
+    """Columns per block, warps of 32 threads per row (one program), and the most registers that
+    a thread may have, which only NVIDIA's compiler can be told."""
 
     BLOCK: int
-    num_warps: int
+    warps: int
+    registers: int
+
+    def __str__(self) -> str:
+        return f"BLOCK = {self.BLOCK}, {self.warps} warps, {self.registers} registers"
 
 
-# (largest V, launch): 8 columns a thread, so that a thread's share of bf16 is one 16-byte access.
-TABLE: tuple[tuple[float, Launch], ...] = (
-    (256, Launch(256, 1)),
-    (1024, Launch(1024, 4)),
-    (float("inf"), Launch(2048, 8)),
-)
+# Up to this V, two row pairs an SM of an A100, H100, B200 or RTX 4090 stay in its L2 between their
+# sweeps (`python -m bench l2`). Of longer rows only one does: kernels with several sweeps then have
+# one block an SM, of 16 warps.
+LARGEST_OF_TWO = 65_536
+ONE_ROW = Launch(4096, 16, 128)
 
-# Registers a thread may have, on NVIDIA: 2, 3, 5, 4 blocks of 8 warps on an SM, and no spills but
-# with a softcap a few outside the loops. Left to itself, ptxas takes 170 and one block, or spills
-# some to reach more blocks than are asked for.
-REGISTERS = {
-    "head or statistics": 128,
-    "fixed weight": 80,
-    "terms": 80,
-    "gradient": 48,
-    "gradient with a softcap": 64,
-    "gradient of terms": 56,
+
+def _by_vocabulary(
+    registers: int, longest: Launch | None = None
+) -> tuple[tuple[float, Launch], ...]:
+    """(largest V, launch): 8 columns a thread, so that its share of bf16 is one 16-byte access."""
+    usual = Launch(2048, 8, registers)
+    return (
+        (256, Launch(256, 1, registers)),
+        (1024, Launch(1024, 4, registers)),
+        (LARGEST_OF_TWO, usual),
+        (float("inf"), longest or usual),
+    )
+
+
+# The limits on registers leave room for 2, 3, 3, 5, 4, 4 blocks of 8 warps an SM. Left to itself,
+# ptxas takes 170 and one block, or spills some to reach more blocks than are asked for.
+TABLE = {
+    "head or statistics": _by_vocabulary(128, ONE_ROW),
+    "fixed weight": _by_vocabulary(80, ONE_ROW),
+    "terms": _by_vocabulary(80, ONE_ROW),
+    "gradient": _by_vocabulary(48),
+    "gradient with a softcap": _by_vocabulary(64),
+    "gradient of terms": _by_vocabulary(56),
 }
 
-# The launches that AKL_AUTOTUNE=1 times.
-CANDIDATES: tuple[Launch, ...] = tuple(
-    Launch(block, warps) for block in (1024, 2048, 4096) for warps in (4, 8, 16)
-)
+
+def launch_for(kernel: str, vocabulary: int) -> Launch:
+    """The launch of a kernel, named in TABLE, for rows of this many columns."""
+    return next(launch for largest, launch in TABLE[kernel] if vocabulary <= largest)
 
 
-def launch_for(vocabulary: int) -> Launch:
-    """The table's launch for rows of this many columns."""
-    return next(launch for largest, launch in TABLE if vocabulary <= largest)
+def candidates(kernel: str) -> tuple[Launch, ...]:
+    """The launches that are worth timing: 4 or 8 columns a thread, as more would not fit into the
+    registers, and fewer leave loads of less than 8 bytes in bf16."""
+    registers = launch_for(kernel, 2048).registers
+    tried = [Launch(*shape, registers) for shape in ((1024, 4), (1024, 8), (2048, 8), (2048, 16))]
+    if kernel == "gradient":
+        return (*tried, Launch(2048, 8, 40), Launch(4096, 16, registers))
+    return (*tried, ONE_ROW)

@@ -47,7 +47,7 @@ from torch import Tensor
 
 import akl_triton
 from akl_triton.backend import triton_obstacle
-from akl_triton.kernels.launch_table import CANDIDATES, Launch, launch_for
+from akl_triton.kernels.launch_table import Launch, candidates, launch_for
 from akl_triton.linear_ops import chunk_rows, default_chunk_bytes
 from bench.inputs.linear_peers import PEER_CHUNK, adaptive_kl_of_all_logits, linear_peers
 from bench.inputs.losses import FAMILY_LOSSES, LOSSES
@@ -125,6 +125,14 @@ PHASES = ON_LOGITS | {
 }
 
 
+# The kernel of adaptive_kl, by its name in the launch table, whose candidates a phase times.
+DECIDES = {
+    "inplace": "head or statistics",
+    "forward": "head or statistics",
+    "backward": "gradient",
+}
+
+
 @dataclass(frozen=True, slots=True)
 class Case:
     """One line of the results."""
@@ -145,7 +153,7 @@ class Case:
     def label(self) -> str:
         label = f"{self.package} {self.name}, {self.phase}, T = {self.temperature:g}"
         if self.launch:
-            label += f", BLOCK = {self.launch.BLOCK}, {self.launch.num_warps} warps"
+            label += f", {self.launch}"
         label += f", N = {self.rows:,}, V = {self.vocabulary:,}"
         return label if self.hidden is None else f"{label}, H = {self.hidden:,}"
 
@@ -188,7 +196,8 @@ class Result:
     vocabulary: int
     hidden: int | None
     BLOCK: int | None
-    num_warps: int | None
+    warps: int | None
+    registers: int | None
     status: str  # "ok", or what went wrong
     median: float | None = None
     percentile_20: float | None = None
@@ -207,14 +216,17 @@ RESULT_FIELDS = [field.name for field in fields(Result)]
 
 
 @contextlib.contextmanager
-def launched_with(launch: Launch | None) -> Iterator[None]:
-    """Have our kernels take this launch instead of the table's."""
+def launched_with(launch: Launch | None, phase: str) -> Iterator[None]:
+    """Have the kernel that decides a phase take this launch instead of the table's."""
     if launch is None:
         yield
         return
     from akl_triton.kernels import launch as launchers
 
-    with mock.patch.object(launchers, "launch_for", lambda *_: launch):
+    def chosen(kernel: str, vocabulary: int) -> Launch:
+        return launch if kernel == DECIDES[phase] else launch_for(kernel, vocabulary)
+
+    with mock.patch.object(launchers, "launch_for", chosen):
         yield
 
 
@@ -265,7 +277,8 @@ class Bench:
             "vocabulary": case.vocabulary,
             "hidden": case.hidden,
             "BLOCK": case.launch and case.launch.BLOCK,
-            "num_warps": case.launch and case.launch.num_warps,
+            "warps": case.launch and case.launch.warps,
+            "registers": case.launch and case.launch.registers,
         }
         try:
             return Result(**described, status="ok", **self._measured(case))
@@ -288,7 +301,7 @@ class Bench:
         def run(state: Any) -> Any:
             return phase.run(case.loss, state)
 
-        with launched_with(case.launch), counted_compilations() as compiled:
+        with launched_with(case.launch, case.phase), counted_compilations() as compiled:
             times = time_calls(prepare, run, len(inputs), self.device)
             peak = None
             # For a backward alone, the memory of its forward might or might not be counted.
@@ -358,8 +371,8 @@ def plan(device: torch.device, backend: str, sizes: Sizes) -> tuple[list[Case], 
     launches = list(
         itertools.chain.from_iterable(
             ours("adaptive_kl", (phase,), launch=launch)
-            for phase in ("inplace", "forward", "backward")
-            for launch in CANDIDATES
+            for phase, kernel in DECIDES.items()
+            for launch in candidates(kernel)
             if backend == "triton"
         )
     )
@@ -633,7 +646,7 @@ def _compile(tiny: bool, launch: Launch | None) -> None:
     for case in cases:
         if case.package == OURS and case.launch == launch and case.rows == cases[0].rows:
             phase = PHASES[case.phase]
-            with launched_with(launch):
+            with launched_with(launch, case.phase):
                 phase.run(case.loss, phase.prepare(case.loss, *case.make_inputs(2, device, 0)))
     synchronize(device)
 
@@ -695,8 +708,9 @@ def best_launches(data: dict[str, Any]) -> list[str]:
     for (vocabulary, phase), results in timed.items():
         best = min(results, key=lambda result: float(result["median"]))
         lines.append(
-            f"V = {vocabulary:,}, {phase}: BLOCK = {best['BLOCK']}, {best['num_warps']} warps "
-            f"({best['median']:.3f} ms); the table has {launch_for(vocabulary)}"
+            f"V = {vocabulary:,}, {phase}: "
+            f"{Launch(best['BLOCK'], best['warps'], best['registers'])} ({best['median']:.3f} ms); "
+            f"the table has {launch_for(DECIDES[phase], vocabulary)}"
         )
     return lines
 

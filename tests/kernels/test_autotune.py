@@ -2,121 +2,149 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from triton.runtime import driver
 
 from akl_triton import adaptive_kl
-from akl_triton.kernels.launch_table import CANDIDATES, Launch, launch_for
+from akl_triton.kernels import launch, tuning
+from akl_triton.kernels.launch_table import TABLE, Launch, candidates, launch_for
+from akl_triton.kernels.tuning import tuned_launch
 from tests.kernels.conftest import INTERPRETER
 
 pytestmark = pytest.mark.skipif(INTERPRETER, reason="the interpreter tunes nothing")
 
 V = 700
+N = 11  # of which the instrument's one multiprocessor times 8
 # The candidates are few, as every one of them is compiled; with either width a row has full blocks.
-TRIED = (Launch(128, 1), Launch(128, 2), Launch(256, 2))
-# name: (in place, the candidates of the forward, those of the backward)
-CHOICES = {
-    "timed": (True, slice(0, 2), slice(0, 1)),
-    "wider in the backward": (False, slice(0, 1), slice(2, 3)),
-    "wider in the forward": (False, slice(2, 3), slice(0, 1)),
-}
-
-# Triton caches its timings in the kernel, so that this needs a process of its own.
-SCRIPT = """
-import contextlib
-import torch
-from akl_triton import adaptive_kl
-from akl_triton.kernels import launch
-from akl_triton.kernels.launch_table import Launch
-from bench.lab import ptxcpu
-
-launch.CANDIDATES = {tried}
-
-on_gpu = torch.cuda.is_available()
-student, teacher = (x.cuda() if on_gpu else x for x in torch.load("logits.pt"))
-student.requires_grad_()
-kernels = launch.tuned_forward(), launch.tuned_backward()
-candidates = kernels[0].configs
+NARROW, OTHER, WIDE = Launch(128, 1, 128), Launch(128, 2, 128), Launch(256, 2, 128)
 
 
-def run(inplace, *choices):
-    for kernel, choice in zip(kernels, choices):
-        kernel.configs = candidates[choice]
-    logits = student * 1
-    loss = adaptive_kl(logits, teacher, reduction="none", inplace=inplace, backend="triton")
-    (gradient,) = torch.autograd.grad(loss.sum(), logits)
-    return loss.detach().cpu(), gradient.cpu(), [len(kernel.cache) for kernel in kernels]
-
-
-def outcome(choices):
-    try:
-        return run(*choices)
-    except ptxcpu.PtxError as error:
-        return str(error)
-
-
-with contextlib.nullcontext() if on_gpu else ptxcpu.active(arch=90):
-    torch.save({{name: outcome(choices) for name, choices in {choices}.items()}}, "outcomes.pt")
-"""
-
-
-@pytest.fixture(scope="module")
-def logits() -> tuple[Tensor, Tensor]:
+@pytest.fixture
+def logits(device: torch.device) -> tuple[Tensor, Tensor]:
     """(student, teacher) with -inf in the first block of either width, in that of the wider alone,
     or nowhere."""
     generator = torch.Generator().manual_seed(0)
-    student, teacher = 3 * torch.randn(2, 3, V, generator=generator)
+    student, teacher = 3 * torch.randn(2, N, V, generator=generator)
     student[0, 5] = teacher[0, 20] = -torch.inf
     student[1, 150] = teacher[1, 150] = -torch.inf
-    return student, teacher
+    return student.to(device), teacher.clone().to(device)  # both start on a 16-byte boundary
 
 
-@pytest.fixture(scope="module")
-def outcomes(logits: tuple[Tensor, Tensor], tmp_path_factory: pytest.TempPathFactory) -> Any:
-    folder = tmp_path_factory.mktemp("autotune")
-    torch.save(logits, folder / "logits.pt")
-    subprocess.run(
-        [sys.executable, "-c", SCRIPT.format(tried=TRIED, choices=CHOICES)],
-        cwd=folder,
-        env={**os.environ, "AKL_AUTOTUNE": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
-        check=True,
-    )
-    return torch.load(folder / "outcomes.pt")
+Results = tuple[Tensor, Tensor]
 
 
-def assert_right(outcome: Any, logits: tuple[Tensor, Tensor], device: torch.device) -> None:
-    """Compare the results with those of the table's launches."""
-    assert not isinstance(outcome, str), outcome
-    student, teacher = (x.to(device) for x in logits)
-    student.requires_grad_()
-    loss = adaptive_kl(student, teacher, reduction="none", backend="triton")
+def loss_and_gradient(logits: tuple[Tensor, Tensor], **options: Any) -> Results:
+    student, teacher = logits
+    student = student.clone().requires_grad_()
+    result = adaptive_kl(student * 1, teacher, reduction="none", backend="triton", **options)
+    loss = result[0] if options.get("return_stats") else result
     (gradient,) = torch.autograd.grad(loss.sum(), student)
-    for result, expected in zip(outcome[:2], (loss.detach(), gradient), strict=True):
-        torch.testing.assert_close(result, expected.cpu(), rtol=1e-5, atol=1e-6)
+    return loss.detach(), gradient
 
 
+def tune(
+    monkeypatch: pytest.MonkeyPatch, forward: tuple[Launch, ...], backward: tuple[Launch, ...]
+) -> list[tuple[str, int]]:
+    """Have calls choose between these launches by timing; the (kernel, rows) that are timed."""
+    timed: list[tuple[str, int]] = []
+    of_kernel = {"gradient": backward}
+
+    def recorded(kernel: str, run: Any, rows: int, *rest: object) -> Launch:
+        def record(rows: int, launch: Launch) -> None:
+            timed.append((kernel, rows))
+            run(rows, launch)
+
+        return tuned_launch(kernel, record, rows, *rest)
+
+    monkeypatch.setenv("AKL_AUTOTUNE", "1")
+    monkeypatch.setattr(tuning, "_chosen", {})
+    monkeypatch.setattr(tuning, "candidates", lambda kernel: of_kernel.get(kernel, forward))
+    monkeypatch.setattr(launch, "tuned_launch", recorded)
+    return timed
+
+
+def assert_close(results: Results, expected: Results) -> None:
+    for result, other in zip(results, expected, strict=True):
+        torch.testing.assert_close(result, other, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("layout", ["one outer row", "many outer rows"])
 def test_logits_survive_the_timing(
-    outcomes: Any, logits: tuple[Tensor, Tensor], device: torch.device
+    layout: str, logits: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every candidate that is timed in place overwrites the logits."""
-    assert_right(outcomes["timed"], logits, device)
-    assert outcomes["timed"][2] == [1, 0]  # with one candidate there is nothing to time
+    """Every candidate that is timed in place overwrites the logits of the rows that it is timed on,
+    of which there are no more than fill the device."""
+    if layout == "many outer rows":  # 3 of every 4 rows, which no view of two dimensions can have
+        logits = tuple(x[:8].view(2, 4, V)[:, :3].repeat(2, 1, 1) for x in logits)
+    expected = loss_and_gradient(logits, inplace=True)
+    timed = tune(monkeypatch, (NARROW, OTHER), (NARROW,))
+    assert_close(loss_and_gradient(logits, inplace=True), expected)
+    processors = driver.active.utils.get_device_properties(0)["multiprocessor_count"]
+    most = tuning.ROWS_PER_PROCESSOR * processors
+    assert set(timed) == {("head or statistics", min(most, expected[0].numel()))}
+    assert len(timed) >= 2
+
+
+class NoKernel:
+    """A kernel that is launched, and does nothing."""
+
+    def __getitem__(self, grid: tuple[int]) -> Callable[..., None]:
+        return lambda **arguments: None
+
+
+def test_a_choice_is_kept_for_its_options_and_sizes(
+    logits: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timed = tune(monkeypatch, (NARROW, OTHER), (NARROW,))
+    monkeypatch.setattr(launch, "forward_kernel", NoKernel())
+
+    def timings(student: Tensor, teacher: Tensor, **options: Any) -> int:
+        before = len(timed)
+        loss_and_gradient((student, teacher), inplace=True, **options)
+        return len(timed) - before
+
+    student, teacher = logits
+    once = timings(student, teacher)
+    assert once > 0
+    assert timings(student, teacher) == timings(*logits, mu=0.3, temperature=2.0) == 0
+    assert timings(student[:10], teacher[:10]) == 0
+    off_the_boundary = torch.empty(teacher.numel() + 1, device=teacher.device)[1:].view(N, V)
+    others: tuple[tuple[Tensor, Tensor, dict[str, Any]], ...] = (
+        (student, teacher, {"ties": "average"}),
+        (student, teacher, {"return_stats": True}),
+        (student, teacher, {"student_softcap": 30.0}),
+        (student.bfloat16(), teacher.bfloat16(), {}),
+        (student[:, 1:], teacher[:, 1:], {}),
+        (student, teacher[:, 1:], {}),
+        (student, off_the_boundary, {}),
+        (student[:2], teacher[:2], {}),
+    )
+    for *pair, options in others:
+        assert timings(*pair, **options) == once, options
+        assert timings(*pair, **options) == 0, options
 
 
 @pytest.mark.parametrize("wider", ["backward", "forward"])
 def test_blocks_of_forward_and_backward_may_differ(
-    wider: str, outcomes: Any, logits: tuple[Tensor, Tensor], device: torch.device
+    wider: str, logits: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Forward and backward are tuned independently."""
-    assert_right(outcomes[f"wider in the {wider}"], logits, device)
+    expected = loss_and_gradient(logits)
+    widths = ((NARROW,), (WIDE,))
+    tune(monkeypatch, *(widths if wider == "backward" else reversed(widths)))
+    assert_close(loss_and_gradient(logits), expected)
 
 
-def test_candidates_are_launches_of_their_own() -> None:
-    assert len(set(CANDIDATES)) == len(CANDIDATES)
-    assert launch_for(151_936) in CANDIDATES
+@pytest.mark.parametrize("kernel", TABLE)
+def test_candidates_are_launches_of_their_own(kernel: str) -> None:
+    tried = candidates(kernel)
+    assert len(set(tried)) == len(tried)
+    assert {launch_for(kernel, v) for v in (32_000, 151_936)} <= set(tried)
+    for block, warps, registers in tried:
+        assert block // (32 * warps) in (4, 8)
+        assert registers * 32 * warps <= 65_536

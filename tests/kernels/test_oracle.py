@@ -145,7 +145,7 @@ def test_minus_infinity(dtype: torch.dtype, device: torch.device) -> None:
 
 def test_heavy_tokens_behind_a_slot_maximum(device: torch.device) -> None:
     """Columns a block apart share a slot, whose maximum is only the heavier of two."""
-    v, block = 5003, launch_for(5003).BLOCK
+    v, block = 5003, launch_for("head or statistics", 5003).BLOCK
     student, teacher = (x.to(device) for x in make_rows(v, v, BF16, BF16, seed=11))
     student, teacher = student[:4], torch.zeros_like(teacher[:4])
     for row, logits in enumerate(((12.0, 11.5), (11.5, 12.0), (12.0, 12.0), (9.0, 12.0))):
@@ -165,7 +165,7 @@ def test_ties_of_large_fp32_logits(
     """When equal logits share a slot, the second is as heavy as the maximum that hides it."""
     if small:
         pytest.skip("the interpreter has no FMA: large arguments are for compiled kernels")
-    v, block = 5003, launch_for(5003).BLOCK
+    v, block = 5003, launch_for("head or statistics", 5003).BLOCK
     student, teacher = (x.to(device) for x in make_rows(v, v, FP32, FP32, seed=12))
     student, teacher = student[:2].clone(), teacher[:2].clone()
     teacher[0, 100] = teacher[0, 100 + block] = logit

@@ -24,7 +24,7 @@ from torch import Tensor
 import akl_triton.rows
 from akl_triton import adaptive_kl, distillation_loss, eager, forward_kl, linear_ops
 from akl_triton.cli.bench import peak_memory
-from akl_triton.kernels.launch_table import CANDIDATES, Launch
+from akl_triton.kernels.launch_table import Launch, candidates
 from bench.__main__ import main
 from bench.inputs import linear_peers, peers
 from bench.inputs.peers import OURS
@@ -196,7 +196,7 @@ def test_every_size_has_all_phases_and_launches() -> None:
             phases = {c.phase for c in of_size if c.rows == rows and c.name == "adaptive_kl"}
             assert phases == set(gpu.ON_LOGITS)
         launches = {c.launch for c in of_size} - {None}
-        assert launches == set(CANDIDATES)
+        assert launches == {*candidates("head or statistics"), *candidates("gradient")}
         names = {c.name for c in of_size if c.package == OURS}
         assert names >= {"adaptive_kl", "forward_kl", "reverse_kl", "jensen_shannon"}
         assert any(c.package != OURS for c in of_size)
@@ -220,10 +220,14 @@ def test_what_decides_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
         return taken
 
     telling = (1000, 1016)
-    launches = first(2 * 3 * len(CANDIDATES))
-    assert {(c.phase, c.launch, c.vocabulary) for c in launches} == set(
-        itertools.product(("inplace", "forward", "backward"), CANDIDATES, telling)
-    )
+    expected = {
+        (phase, launch, v)
+        for phase, kernel in gpu.DECIDES.items()
+        for launch in candidates(kernel)
+        for v in telling
+    }
+    launches = first(len(expected))
+    assert {(c.phase, c.launch, c.vocabulary) for c in launches} == expected
     losses = list(itertools.takewhile(lambda c: c.hidden is None, cases))
     first(len(losses))
     assert {(c.rows, c.launch, c.temperature) for c in losses} == {(16, None, 1.0)}
@@ -243,7 +247,7 @@ def test_a_launch_reaches_the_kernels() -> None:
     with ptxcpu.active(arch=90, observer=launches.append):
         bench = gpu.Bench(CPU, copy_bytes=4096)
         cases = [
-            case(loss=loss, phase="forward", rows=rows, vocabulary=v, launch=Launch(128, 1))
+            case(loss=loss, phase="forward", rows=rows, vocabulary=v, launch=Launch(128, 1, 128))
             for rows, v in ((2, 208), (5, 336))
         ]
         first, second = (bench.measure(c) for c in cases)
@@ -316,13 +320,14 @@ def test_results_outlive_what_stops_the_run(tmp_path: Path) -> None:
 
 
 def test_the_fastest_launch_is_named(tmp_path: Path) -> None:
-    cases = [case(launch=launch) for launch in (Launch(1024, 4), Launch(2048, 4))]
+    launches = Launch(1024, 4, 128), Launch(2048, 4, 128)
+    cases = [case(phase="inplace", launch=launch) for launch in launches]
     report = gpu.Report(tmp_path, {"device": {"type": "cpu"}}, cases, {})
-    result = gpu.Bench(CPU, copy_bytes=4096).measure(case())
+    result = gpu.Bench(CPU, copy_bytes=4096).measure(cases[0])
     for c, block, milliseconds in zip(cases, (1024, 2048), (3.0, 2.0), strict=True):
-        report.add(c, replace(result, BLOCK=block, num_warps=4, median=milliseconds))
+        report.add(c, replace(result, BLOCK=block, warps=4, registers=128, median=milliseconds))
     (text,) = gpu.best_launches(report.data)
-    assert "BLOCK = 2048, 4 warps (2.000 ms)" in text
+    assert "BLOCK = 2048, 4 warps, 128 registers (2.000 ms)" in text
 
 
 # ---- the command
