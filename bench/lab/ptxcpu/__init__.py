@@ -11,7 +11,7 @@ Launches work unchanged: autotuned kernels, autograd functions, custom ops.  See
 """
 
 from .driver import Counters, CpuDriver, Launch, active, install, uninstall
-from .execute import Executable, load
+from .execute import Executable, Range, load
 from .memory import virtual_tensor
 from .parse import PtxError
 
@@ -21,6 +21,7 @@ __all__ = [
     "Executable",
     "Launch",
     "PtxError",
+    "Range",
     "active",
     "install",
     "load",

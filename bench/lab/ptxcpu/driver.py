@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from triton import knobs
 from triton.backends.compiler import GPUTarget
@@ -29,6 +28,7 @@ from triton.runtime.cache import get_cache_manager
 from triton.runtime.driver import driver as driver_config
 
 from . import execute
+from .execute import Range, owned
 from .parse import PtxError
 
 WARP_SIZE = 32
@@ -133,7 +133,7 @@ class _Launcher:
 
     def __init__(self, src: Any, metadata: Any):
         self._source = src
-        self._signature = tuple(src.signature.values())
+        self._signature = dict(src.signature)
         self._metadata = metadata
         self._ptx = _read_ptx(src, metadata)
 
@@ -166,14 +166,16 @@ class _Launcher:
             raise PtxError(f"{metadata.name}: CTA clusters (num_ctas > 1) are not supported")
         ctas = math.prod(grid)
         ranges = list(driver.extra_ranges)
-        packed = [_pack(value, type_, ranges) for value, type_ in _flatten(args, self._signature)]
-        scratch = [
-            _Scratch(getattr(metadata, f"{kind}_scratch_size", 0) or 0, ctas)
-            for kind in ("global", "profile")
+        packed = [
+            _pack(*parameter, ranges)
+            for (name, type_), value in zip(self._signature.items(), args, strict=True)
+            for parameter in _flatten(name, value, type_)
         ]
-        for buffer in scratch:
-            packed.append(struct.pack("<Q", buffer.address))
-            ranges += buffer.ranges
+        scratch = []  # kept until the launch is over
+        for kind in ("global", "profile"):
+            size = getattr(metadata, f"{kind}_scratch_size", 0) or 0
+            scratch.append(_scratch(size * ctas))
+            packed.append(_pack(f"{kind} scratch", scratch[-1] if size else None, "*", ranges))
         threads = driver.threads
         if getattr(metadata, "launch_cooperative_grid", False):
             # All CTAs must be able to wait for each other.
@@ -192,30 +194,23 @@ class _Launcher:
         driver.record(metadata.name, counts)
 
 
-class _Scratch:
-    """Zeroed global memory for the compiler's own use, a slice per CTA."""
-
-    def __init__(self, bytes_per_cta: int, ctas: int):
-        self.ranges: list[tuple[int, int]] = []
-        self.address = 0
-        if bytes_per_cta:
-            self._buffer = np.zeros(bytes_per_cta * ctas + 128, np.uint8)
-            start = self._buffer.ctypes.data
-            self.address = -(-start // 128) * 128
-            self.ranges = [(start, self._buffer.nbytes)]
+def _scratch(size: int) -> torch.Tensor:
+    """Zeroed global memory for the compiler's own use, aligned to 128 bytes."""
+    buffer = torch.zeros(size + 128, dtype=torch.uint8)
+    start = -buffer.data_ptr() % 128
+    return buffer[start : start + size]
 
 
-def _flatten(values: Iterable[Any], types: Iterable[Any]) -> Iterator[tuple[Any, str]]:
-    """The (value, type) of every kernel parameter: tuples opened, constexprs left out."""
-    for value, type_ in zip(values, types, strict=True):
-        if isinstance(type_, tuple):
-            yield from _flatten(value, type_)
-        elif type_ == "constexpr":
-            continue
-        elif type_.startswith("tensordesc"):
-            yield from _flatten_descriptor(value)
-        else:
-            yield value, type_
+def _flatten(name: str, value: Any, type_: Any) -> Iterator[tuple[str, Any, str]]:
+    """(name, value, type) of the kernel parameters of an argument: a tuple has many, a constexpr
+    none."""
+    if isinstance(type_, tuple):
+        for part, of_part in zip(value, type_, strict=True):
+            yield from _flatten(name, part, of_part)
+    elif type_.startswith("tensordesc"):
+        yield from ((name, *parameter) for parameter in _flatten_descriptor(value))
+    elif type_ != "constexpr":
+        yield name, value, type_
 
 
 def _flatten_descriptor(descriptor: Any) -> Iterator[tuple[Any, str]]:
@@ -234,10 +229,10 @@ def _flatten_descriptor(descriptor: Any) -> Iterator[tuple[Any, str]]:
 _INTEGER_BYTES = {"1": 1, "8": 1, "16": 2, "32": 4, "64": 8}
 
 
-def _pack(value: Any, type_: str, ranges: list[tuple[int, int]]) -> bytes:
-    """The bytes of one kernel parameter; a tensor's storage is added to the legal ranges."""
+def _pack(name: str, value: Any, type_: str, ranges: list[Range]) -> bytes:
+    """The bytes of one kernel parameter; a tensor's elements are added to the legal ranges."""
     if type_.startswith("*"):
-        return struct.pack("<Q", _pointer(value, ranges))
+        return struct.pack("<Q", _pointer(name, value, ranges))
     if type_ in ("fp32", "f32"):
         return struct.pack("<f", value)
     if type_ == "fp64":
@@ -252,8 +247,8 @@ def _pack(value: Any, type_: str, ranges: list[tuple[int, int]]) -> bytes:
     return (int(value) & ((1 << 8 * size) - 1)).to_bytes(size, "little")
 
 
-def _pointer(value: Any, ranges: list[tuple[int, int]]) -> int:
-    """Address of a pointer argument: a tensor, Triton's TensorWrapper, a plain address or None."""
+def _pointer(name: str, value: Any, ranges: list[Range]) -> int:
+    """A pointer argument: of a tensor or Triton's TensorWrapper, a plain address, or None."""
     if value is None:
         return 0
     if isinstance(value, int):
@@ -263,13 +258,28 @@ def _pointer(value: Any, ranges: list[tuple[int, int]]) -> int:
         tensor = value
     if tensor.device.type != "cpu":
         raise PtxError(f"ptxcpu needs CPU tensors, got one on {tensor.device}")
-    ranges.append(_storage_range(tensor))
-    return int(value.data_ptr())
+    ranges.append(_elements(tensor, name))
+    return owned(int(value.data_ptr()), len(ranges) - 1)
 
 
-def _storage_range(tensor: torch.Tensor) -> tuple[int, int]:
+def _elements(tensor: torch.Tensor, name: str = "") -> Range:
+    """The memory of a tensor's elements, without that between them where it is a slice."""
+    size = tensor.element_size() if tensor.numel() else 0
+    gaps: list[tuple[int, int]] = []
+    steps = sorted(zip(tensor.stride(), tensor.shape, strict=True)) if size else []
+    for stride, length in steps:
+        period = stride * tensor.element_size()
+        if length == 1 or period == 0:
+            continue
+        if period < size:  # overlapping windows: any byte from the first to the last
+            gaps = []
+        elif period > size or gaps:
+            gaps.append((period, size))
+        size += (length - 1) * period
     storage = tensor.untyped_storage()
-    return storage.data_ptr(), storage.nbytes()
+    return Range(
+        tensor.data_ptr(), size, name, tuple(gaps[::-1]), (storage.data_ptr(), storage.nbytes())
+    )
 
 
 # ---------------------------------------------------------------- the driver
@@ -308,7 +318,7 @@ class CpuDriver(DriverBase):  # type: ignore[misc]  # Triton has no types
 
     ``sched``: 0 runs a CTA in lockstep, other seeds run its warps in random order.
     ``threads``: host threads that share the CTAs (default: one per CPU).
-    ``extra_tensors``: legal memory besides the storage of the arguments.
+    ``extra_tensors``: legal memory besides the elements of the arguments.
     ``edit_ptx``: changes the PTX before it is built, for experiments.
     ``observer``: is called with every ``Launch`` before it is executed.
     """
@@ -328,7 +338,7 @@ class CpuDriver(DriverBase):  # type: ignore[misc]  # Triton has no types
         self.arch = arch
         self.sched = sched
         self.threads = threads or len(os.sched_getaffinity(0))
-        self.extra_ranges = [_storage_range(tensor) for tensor in extra_tensors]
+        self.extra_ranges = [_elements(tensor) for tensor in extra_tensors]
         self.edit_ptx = edit_ptx
         self._observer = observer
         self.counters = Counters()

@@ -41,6 +41,111 @@ def test_store_behind_the_tensor() -> None:
         careless_kernel[(1,)](x, y, 1001, 0, BLOCK=1024)
 
 
+# Two tensors without a byte between them: what lies beyond the one is memory of the other.
+NEIGHBOURS = torch.zeros(2000).split(1000)
+
+
+@triton.jit
+def reach_kernel(x_ptr, y_ptr, of_x, of_y):
+    tl.store(y_ptr + of_y, tl.load(x_ptr + of_x))
+
+
+@pytest.mark.parametrize(
+    "of_x, of_y, message",
+    [
+        (1000, 0, r"load out of bounds, .* 0 bytes after the end of x_ptr"),
+        (1999, 0, r"load out of bounds, .* 3996 bytes after the end of x_ptr"),
+        (0, -1, r"store out of bounds, .* 4 bytes before y_ptr"),
+        (0, -1000, r"store out of bounds, .* 4000 bytes before y_ptr"),
+    ],
+)
+def test_the_neighbour_of_a_tensor_is_none_of_it(of_x: int, of_y: int, message: str) -> None:
+    x, y = NEIGHBOURS
+    assert x.data_ptr() + x.nbytes == y.data_ptr()
+    with ptxcpu.active():
+        reach_kernel[(1,)](x, y, 999, 0)
+        with pytest.raises(ptxcpu.PtxError, match=message):
+            reach_kernel[(1,)](x, y, of_x, of_y)
+
+
+@triton.jit
+def add_to_kernel(x_ptr, of_x):
+    tl.atomic_add(x_ptr + of_x, 1.0)
+
+
+def test_an_atomic_on_the_rest_of_a_storage() -> None:
+    x = NEIGHBOURS[0]
+    with ptxcpu.active():
+        add_to_kernel[(1,)](x, 999)
+        with pytest.raises(ptxcpu.PtxError, match=r"atomic .* after the end of x_ptr"):
+            add_to_kernel[(1,)](x, 1000)
+
+
+def test_tensors_on_top_of_each_other() -> None:
+    """As a gradient over its logits: each is checked by itself, and what both touch counts once."""
+    x = torch.arange(1000.0)
+    with ptxcpu.active() as counters:
+        careless_kernel[(1,)](x, x, 999, 1, BLOCK=1024)
+        careless_kernel[(1,)](x, x[1:], 999, 0, BLOCK=1024)
+        with pytest.raises(ptxcpu.PtxError, match=r"store .* 0 bytes after the end of y_ptr"):
+            careless_kernel[(1,)](x, x[:998], 999, 0, BLOCK=1024)
+    counted = counters["careless_kernel"]
+    assert counted["footprint_read"] == counted["footprint_write"] == 2 * 4000
+
+
+@triton.jit
+def element_kernel(x_ptr, y_ptr, offset):
+    tl.store(y_ptr, tl.load(x_ptr + offset))
+
+
+WIDE = torch.arange(4.0 * 5 * 10).view(4, 5, 10)
+SLICES = {
+    "all": WIDE,
+    "columns": WIDE[..., :7],
+    "a column": WIDE[..., 3],
+    "sequences": WIDE[:, 1:4],
+    "sequences and columns": WIDE[1:, 1:4, 2:5],
+    "every other row": WIDE.view(20, 10)[::2],
+    "transposed": WIDE.transpose(0, 2)[2:6],
+    "rows in turn": WIDE.as_strided((2, 2, 3), (23, 20, 1)),
+    "expanded": WIDE[:, :1, :6].expand(4, 9, 6),
+    "one": WIDE[2, 3, 4],
+    "nothing": WIDE[:, :, :0],
+}
+
+
+@pytest.mark.parametrize("name", SLICES)
+def test_every_element_of_a_slice_and_no_other(name: str) -> None:
+    """Also not those between its rows."""
+    x, y = SLICES[name], torch.empty(1)
+    start = x.storage_offset()
+    elements = set(x.flatten().tolist())  # each is its own place in WIDE
+    with ptxcpu.active():
+        for place in range(WIDE.numel()):
+            if place in elements:
+                element_kernel[(1,)](x, y, place - start, num_warps=1)
+                assert y.item() == place
+            else:
+                with pytest.raises(ptxcpu.PtxError, match=r"bytes (before|after|into).* x_ptr"):
+                    element_kernel[(1,)](x, y, place - start, num_warps=1)
+
+
+@pytest.mark.parametrize(
+    "x",
+    [torch.arange(20.0).unfold(0, 6, 3), torch.arange(50.0).as_strided((2, 3, 3), (7, 5, 1))],
+    ids=["windows", "windows of rows"],
+)
+def test_overlapping_windows_have_no_gaps(x: torch.Tensor) -> None:
+    y = torch.empty(1)
+    elements = x.unique().tolist()
+    with ptxcpu.active():
+        for place in elements:
+            element_kernel[(1,)](x, y, int(place), num_warps=1)
+            assert y.item() == place
+        with pytest.raises(ptxcpu.PtxError, match="0 bytes after the end of x_ptr"):
+            element_kernel[(1,)](x, y, int(elements[-1]) + 1, num_warps=1)
+
+
 @triton.jit
 def misaligned_kernel(x_ptr, y_ptr, shift, BLOCK: tl.constexpr):
     offs = tl.multiple_of(shift + tl.arange(0, BLOCK), 8)  # untrue unless shift is

@@ -34,7 +34,7 @@ def ptx_of(body: str) -> str:
 def run(ptx: str, out: torch.Tensor) -> dict[str, Any]:
     address, size = out.data_ptr(), out.nbytes
     argument = address.to_bytes(8, "little")
-    return ptxcpu.load(ptx).run((1,), [argument], ranges=[(address, size)])
+    return ptxcpu.load(ptx).run((1,), [argument], ranges=[ptxcpu.Range(address, size)])
 
 
 @pytest.mark.parametrize(

@@ -75,7 +75,7 @@ def execute(texts: Sequence[str], inputs: Sequence[Row]) -> list[list[int]]:
     ptxcpu.load(ptx).run(
         (1,),
         [tensor.data_ptr().to_bytes(8, "little") for tensor in tensors],
-        ranges=[(tensor.data_ptr(), tensor.nbytes) for tensor in tensors],
+        ranges=[ptxcpu.Range(tensor.data_ptr(), tensor.nbytes) for tensor in tensors],
     )
     return [[x & (2**64 - 1) for x in of_text] for of_text in out.tolist()]
 

@@ -36,7 +36,10 @@ def run(body: str, *, sched: int = 0) -> torch.Tensor:
     out = torch.zeros(THREADS + 64, dtype=torch.int32)  # the words after them are for the body
     address = out.data_ptr()
     ptxcpu.load(ptx).run(
-        (1,), [address.to_bytes(8, "little")], ranges=[(address, out.nbytes)], sched=sched
+        (1,),
+        [address.to_bytes(8, "little")],
+        ranges=[ptxcpu.Range(address, out.nbytes)],
+        sched=sched,
     )
     return out
 
