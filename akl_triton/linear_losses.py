@@ -81,8 +81,9 @@ def linear_distillation_loss(
     copies a weight of another dtype to its own, here as in every product: a frozen teacher's should
     have it. With ``reduction="none"`` and a weight or bias that requires grad, backward computes
     the logits once more; in every other case the weights are not needed after the forward pass.
-    With labels, their number of tokens that count is read once, before the first product, which
-    waits for the device.
+    With labels, a mask or a shift, the number of tokens that count is read once, before the first
+    product, which waits for the device and cannot be captured in a CUDA graph
+    (docs/cuda_graphs.md).
 
     Sharded parameters:
         FSDP2 and ZeRO-3 hold parts of the weight, which are refused. Call the loss in the

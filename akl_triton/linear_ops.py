@@ -97,6 +97,10 @@ class Plan(NamedTuple):
         return self.hidden_gradient or self.weight_gradient or self.bias_gradient
 
 
+# Labels and masks make both operators wait for the device, to count the tokens. Tagged, they are
+# left out of the CUDA graphs that torch.compile(mode="reduce-overhead") captures.
+WAITS = torch.Tag.cudagraph_unsafe
+
 # The last arguments of both operators: Sides, which tokens count, their labels, the factor of their
 # losses, Plan, Rule.
 _ARGUMENTS = f"""
@@ -112,6 +116,7 @@ _ARGUMENTS = f"""
 @torch.library.custom_op(
     "akl_triton::linear_divergence",
     mutates_args=(),
+    tags=WAITS,
     schema=f"(bool per_token, bool with_stats, {_ARGUMENTS})"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
@@ -128,6 +133,7 @@ def linear_divergence(per_token, with_stats, *inputs):  # type: ignore[no-untype
 @torch.library.custom_op(
     "akl_triton::linear_divergence_backward",
     mutates_args=(),
+    tags=WAITS,
     schema=f"(Tensor upstream, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor)",
 )
 def linear_divergence_backward(upstream, *inputs):  # type: ignore[no-untyped-def]

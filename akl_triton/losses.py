@@ -124,6 +124,9 @@ def distillation_loss(
         has no graph break. PyTorch makes constants of mu, T and other floats: a schedule of them
         belongs outside of the compiled function, or compiles it anew for every value.
 
+    CUDA graphs:
+        a step can be captured once another like it has run: see docs/cuda_graphs.md.
+
     Raises:
         ValueError, TypeError: an argument is not as above; nothing has been launched or written.
         RuntimeError: the gradient is differentiated, or asked for in forward mode or by

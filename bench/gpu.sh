@@ -59,7 +59,7 @@ if [[ $tiny ]]; then
         -k "rescale or error" &
 else
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2}
-    for file in tests/kernels/test_*.py tests/test_{api,bad_input,operators,linear,family,dkd,kd_ratio}.py; do
+    for file in tests/kernels/test_*.py tests/test_{api,bad_input,capture,operators,linear,family,dkd,kd_ratio}.py; do
         name=${file##*/test_}
         step "tests-${name%.py}" 200 "${pytest[@]}" "$file" &
     done
