@@ -1,12 +1,13 @@
 """`python -m bench floor`: a floor from bytes, exponentials and instructions, never a time.
 
-    floor = max(bytes / copy, exps / MUFU rate, instructions / issue rate)
+    floor = max(bytes / copy, bytes without a cache / L2 rate, exps / MUFU rate,
+                instructions / issue rate)
 
 `copy` is the fastest that the memory was ever reported to be, or else the rate of its pins. This is
 per vocabulary position, times V, and is computed twice: with every sweep of a row served by the
 memory, and with the second and later sweeps of a kernel served by the L2, so that it reads every
 logit once. The floor lies between the two, depending on how many of the row pairs in flight the L2
-holds. A real kernel also waits: a floor says what it cannot beat, and which of the three to work
+holds. A real kernel also waits: a floor says what it cannot beat, and which of the four to work
 on.
 
 Everything comes from stored figures (instructions, traffic, operators) and from devices.toml.
@@ -81,6 +82,7 @@ def floor(of: Work, device: Mapping[str, Any], reuse: bool) -> tuple[float, str]
     rate = device["sms"] * device["clock"]
     limits = {
         "bytes": (of.bytes_once if reuse else of.bytes) / device.get("copy", device["bandwidth"]),
+        "L2": of.bytes / device["l2_rate"],
         "exps": of.exps / (device["mufu"] * rate),
         "instructions": of.instructions / (device["issue"] * rate),
     }
@@ -216,8 +218,8 @@ def markdown(data: dict[str, Any]) -> str:
         parts += [
             f"### {device['name']}",
             f"{device['sms']} SMs at {device['clock'] / 1e9:.2f} GHz, {device['mufu']} exps and "
-            f"{device['issue']} instructions a clock and SM, L2 {device['l2'] / 1e6:.0f} MB, "
-            f"{device['bandwidth'] / 1e12:.2f} TB/s"
+            f"{device['issue']} instructions a clock and SM, L2 {device['l2'] / 1e6:.0f} MB at "
+            f"{device['l2_rate'] / 1e12:.1f} TB/s, memory {device['bandwidth'] / 1e12:.2f} TB/s"
             + (
                 f", of which {copy / 1e12:.2f}, the most that anybody reported, are counted with"
                 if copy

@@ -1,12 +1,14 @@
 """`python -m bench l2`: which sweeps of a row the L2 would serve, by a model of it (lab/l2.py).
 
-Every SM holds two rows.
+First the orders in which rows may be swept, with two row pairs on every SM. Then how many pairs an
+SM should hold, which is what a launch decides: the time of a position is at least that of its bytes
+between memory and L2, and that of all its bytes between L2 and SMs.
 """
 
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from bench.inputs.stages import BOUNDARY, DIVERGENCE, GRADIENT, STATISTICS, SWEEPS
@@ -18,6 +20,8 @@ BLOCK = 4 * 2048  # a turn of a loop
 BLOCK_BYTES = 2 * BLOCK  # bf16
 ROWS_PER_SM = 2
 VOCABULARIES = (32_000, 49_152, 128_256, 151_936)
+ROWS_TRIED = (1, 2, 3)
+VOCABULARIES_TRIED = (32_000, 49_152, 65_536, 100_352, 128_256, 151_936, 262_144)
 
 
 class Order(NamedTuple):
@@ -41,6 +45,13 @@ ORDERS = (
     Order("two launches: forward", TWO_LAUNCHES, serpentine=False),
     Order("two launches: serpentine, hints", TWO_LAUNCHES, serpentine=True, hints=True),
 )
+
+# What an SM sweeps in place, in the kernels' order.
+SWEPT = {
+    "adaptive_kl": Order("adaptive_kl", (IN_PLACE,), serpentine=True, hints=True),
+    "adaptive_kl, one scan": Order("one scan", (ONE_SCAN,), serpentine=True, hints=True),
+    "forward_kl": Order("forward_kl", ((STATISTICS, GRADIENT),), serpentine=True, hints=True),
+}
 
 
 def sweeps(blocks: int, order: Order, stages: Sequence[str]) -> Iterator[Access]:
@@ -67,9 +78,40 @@ def modelled(size: int, resident: int, vocabulary: int, order: Order) -> float:
     return moved * BLOCK_BYTES / (blocks * BLOCK)
 
 
-def collect(device: str = "H100", vocabularies: Sequence[int] = VOCABULARIES) -> dict[str, Any]:
-    """The modelled bytes per position of every order; `device` is a name in devices.toml."""
-    of_device = tomllib.loads(DEVICES.read_text("utf-8"))[device]
+def through_l2(order: Order) -> int:
+    """The bytes per position of all launches of an order between L2 and SMs, in bf16."""
+    return sum(2 * sum(1 for _ in sweeps(1, order, stages)) for stages in order.launches)
+
+
+def picoseconds(order: Order, moved: float, device: Mapping[str, Any]) -> float:
+    """The least time of a position, of whose bytes so many pass between memory and L2."""
+    seconds = max(
+        moved / device.get("copy", device["bandwidth"]), through_l2(order) / device["l2_rate"]
+    )
+    return 1e12 * seconds
+
+
+def of_launch(
+    device: Mapping[str, Any], loss: str, rows: int, vocabularies: Sequence[int]
+) -> dict[str, Any]:
+    """The figures of a loss in place, where every SM of a device holds so many row pairs."""
+    order = SWEPT[loss]
+    moved = [modelled(int(device["l2"]), rows * device["sms"], v, order) for v in vocabularies]
+    return {
+        **{"device": device["name"], "loss": loss, "rows": rows, "bytes": moved},
+        "picoseconds": [picoseconds(order, bytes_moved, device) for bytes_moved in moved],
+    }
+
+
+def collect(
+    device: str = "H100",
+    vocabularies: Sequence[int] = VOCABULARIES,
+    tried: Sequence[int] = VOCABULARIES_TRIED,
+) -> dict[str, Any]:
+    """The modelled bytes per position of every order on one device, which is a name in
+    devices.toml, and of every number of rows an SM on all."""
+    devices = tomllib.loads(DEVICES.read_text("utf-8"))
+    of_device = devices[device]
     resident = ROWS_PER_SM * of_device["sms"]
     return {
         "device": of_device["name"],
@@ -80,11 +122,18 @@ def collect(device: str = "H100", vocabularies: Sequence[int] = VOCABULARIES) ->
             order.name: [modelled(int(of_device["l2"]), resident, v, order) for v in vocabularies]
             for order in ORDERS
         },
+        "tried": list(tried),
+        "launches": [
+            of_launch(of, loss, rows, tried)
+            for of in devices.values()
+            for loss in SWEPT
+            for rows in ROWS_TRIED
+        ],
     }
 
 
 def markdown(data: dict[str, Any]) -> str:
-    """A line for every order."""
+    """A line for every order, and one for every device, loss and number of rows."""
     return "\n\n".join(
         [
             "Modelled, not measured: bytes per position between the memory and the L2 of "
@@ -92,6 +141,22 @@ def markdown(data: dict[str, Any]) -> str:
             table(
                 ("order", *(f"V = {v:,}" for v in data["vocabularies"])),
                 [(name, *(f"{figure:.1f}" for figure in of)) for name, of in data["bytes"].items()],
+            ),
+            "Modelled, not measured, in place: the same bytes, and the picoseconds that a position "
+            "takes at least, by memory and L2, where every SM holds so many row pairs.",
+            table(
+                ("device", "loss", "pairs", *(f"V = {v:,}" for v in data["tried"])),
+                [
+                    (
+                        *(of["device"], of["loss"], f"{of['rows']}"),
+                        *(
+                            f"{moved:.1f}: {time:.1f} ps"
+                            for moved, time in zip(of["bytes"], of["picoseconds"], strict=True)
+                        ),
+                    )
+                    for of in data["launches"]
+                ],
+                texts=2,
             ),
         ]
     )

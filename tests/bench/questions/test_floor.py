@@ -10,7 +10,7 @@ from bench.questions.floor import Work, floor, work
 
 DEVICE: dict[str, Any] = {
     **{"sms": 100, "clock": 1e9, "mufu": 10, "issue": 100},
-    **{"bandwidth": 2e12, "copy": 1e12},
+    **{"bandwidth": 2e12, "copy": 1e12, "l2_rate": 4e12},
 }
 
 
@@ -20,9 +20,10 @@ DEVICE: dict[str, Any] = {
         (Work(bytes=14, bytes_once=6, exps=6, instructions=40), False, 14e-12, "bytes"),
         (Work(bytes=14, bytes_once=6, exps=8, instructions=40), True, 8e-12, "exps"),
         (Work(bytes=14, bytes_once=6, exps=6, instructions=150), True, 15e-12, "instructions"),
+        (Work(bytes=32, bytes_once=6, exps=6, instructions=40), True, 8e-12, "L2"),
     ],
 )
-def test_the_floor_is_the_largest_of_three(
+def test_the_floor_is_the_largest_of_four(
     of: Work, reuse: bool, seconds: float, bound: str
 ) -> None:
     at_least, limit = floor(of, DEVICE, reuse)

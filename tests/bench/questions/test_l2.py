@@ -3,10 +3,23 @@ kernels."""
 
 from __future__ import annotations
 
+import tomllib
+
 import pytest
 
+from akl_triton.kernels.launch_table import LARGEST_OF_TWO, launch_for
 from bench.inputs.stages import BOUNDARY
-from bench.questions.l2 import BLOCK, BLOCK_BYTES, ORDERS, Order, modelled
+from bench.questions.floor import DEVICES
+from bench.questions.l2 import (
+    BLOCK,
+    BLOCK_BYTES,
+    ORDERS,
+    SWEPT,
+    Order,
+    modelled,
+    of_launch,
+    through_l2,
+)
 
 BLOCKS = 10
 BY_NAME = {order.name: order for order in ORDERS}
@@ -42,3 +55,21 @@ def test_hints_make_room() -> None:
     without = modelled(size, resident, BLOCKS * BLOCK, SERPENTINE)
     hinted = modelled(size, resident, BLOCKS * BLOCK, SERPENTINE._replace(hints=True))
     assert hinted < without < modelled(size, resident, BLOCKS * BLOCK, IN_PLACE)
+
+
+def test_all_bytes_pass_between_l2_and_sms() -> None:
+    assert [through_l2(order) for order in SWEPT.values()] == [14, 16, 10]
+
+
+@pytest.mark.parametrize("device", tomllib.loads(DEVICES.read_text("utf-8")))
+def test_the_launch_table_holds_as_many_rows_as_the_model_finds_in_the_l2(device: str) -> None:
+    """Two pairs an SM cost nothing up to LARGEST_OF_TWO; above it, one costs less somewhere, and
+    nowhere more."""
+    of_device = tomllib.loads(DEVICES.read_text("utf-8"))[device]
+    sizes = (49_152, LARGEST_OF_TWO, 151_936, 262_144)
+    one, two = (of_launch(of_device, "adaptive_kl", n, sizes)["picoseconds"] for n in (1, 2))
+    assert two[:2] == pytest.approx(one[:2])
+    assert one[3] < 0.9 * two[3]
+    assert one[2] <= two[2]
+    warps = [launch_for("head or statistics", v).warps for v in sizes]
+    assert warps == [8, 8, 16, 16]
