@@ -32,7 +32,9 @@ def row_pointer(ptr, offset, lead, ALIGNED: tl.constexpr):
     """Address of offset 0 of a row; ALIGNED promises that it is a multiple of 16 bytes."""
     pointer = ptr + (offset - lead)
     if ALIGNED:
-        pointer = tl.multiple_of(pointer, 16)
+        # By way of an integer: AMD's compiler takes sums apart, and forgets what is promised of
+        # them, which makes its loads and stores 2 bytes wide.
+        pointer = tl.multiple_of(pointer.to(tl.int64).to(ptr.dtype), 16)
     return pointer
 
 
@@ -55,9 +57,15 @@ def edge_count(full, blocks):
 
 
 @triton.jit
-def block_offsets(block, BLOCK: tl.constexpr):
-    """Offsets of a full block, as wide as addresses, so that these advance by a constant."""
-    return tl.cast(block, tl.int64) * BLOCK + tl.arange(0, BLOCK)
+def block_pointers(row_ptr, block, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
+    """Addresses in a full block; its own is as wide as they are, so that they advance by a
+    constant. ALIGNED is that of `row_pointer`."""
+    pointers = (row_ptr + tl.arange(0, BLOCK)) + tl.cast(block, tl.int64) * BLOCK
+    if ALIGNED:
+        # Triton finds this by itself, but for some loops that start at a block found late, as those
+        # over the blocks that fill no turn do.
+        pointers = tl.max_contiguous(tl.multiple_of(pointers, 16), BLOCK)
+    return pointers
 
 
 @triton.jit
@@ -71,12 +79,12 @@ def load_full(
     if ALIGNED and row_ptr.dtype.element_ty == tl.bfloat16:
         # Two a word: a shift or a mask an element, where a conversion takes one and a half.
         words = row_ptr.to(tl.pointer_type(tl.int32))
-        words = (words + tl.arange(0, BLOCK // 2)) + tl.cast(block, tl.int64) * (BLOCK // 2)
-        pair = tl.load(words, eviction_policy=POLICY)
+        pair = tl.load(block_pointers(words, block, True, BLOCK // 2), eviction_policy=POLICY)
         low = (pair << 16).to(tl.float32, bitcast=True)
         high = (pair & -65536).to(tl.float32, bitcast=True)
         return tl.interleave(low, high)
-    return tl.load(row_ptr + block_offsets(block, BLOCK), eviction_policy=POLICY).to(tl.float32)
+    pointers = block_pointers(row_ptr, block, ALIGNED, BLOCK)
+    return tl.load(pointers, eviction_policy=POLICY).to(tl.float32)
 
 
 @triton.jit

@@ -29,7 +29,7 @@ import triton
 import triton.language as tl
 
 from .arithmetic import LARGEST, LN2, LOWEST, held, rounded_sum, scaled, softcap_slope
-from .blocks import UNROLL, block_offsets, edge_block, edge_count, load_edge, load_full, row_base
+from .blocks import UNROLL, block_pointers, edge_block, edge_count, load_edge, load_full, row_base
 from .cross_entropy import is_token
 from .terms import careful_terms, log_ratio
 
@@ -184,7 +184,7 @@ def row_gradient(
     ONE_SCALE: tl.constexpr,  # of `log_ratio`
     HAS_LABELS: tl.constexpr, UNTEMPERED: tl.constexpr,
     APART: tl.constexpr,  # whether the label is apart from all others
-    S_ALIGNED: tl.constexpr,
+    S_ALIGNED: tl.constexpr, DS_ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Write ds of one row; blocks 1 .. full_end-1 are finite on both sides."""
@@ -249,7 +249,8 @@ def row_gradient(
                 coefficients, factor_t, pull, of_label, a, b,
                 FORWARD, REVERSE, TERMS, HYBRID, MOMENTS, ONE_SCALE, UNTEMPERED,
             ).to(ds_row.dtype.element_ty)  # fmt: skip
-            tl.store(ds_row + block_offsets(begin + i, BLOCK), ds, eviction_policy=DONE)
+            pointers = block_pointers(ds_row, begin + i, DS_ALIGNED, BLOCK)
+            tl.store(pointers, ds, eviction_policy=DONE)
     for block in range(1 + turns * UNROLL, full_end):
         t = load_full(t_row, block, True, BLOCK, DONE)
         s = load_full(s_row, block, S_ALIGNED, BLOCK, DONE)
@@ -258,7 +259,7 @@ def row_gradient(
             coefficients, factor_t, pull, of_label, a, b,
             FORWARD, REVERSE, TERMS, HYBRID, MOMENTS, ONE_SCALE, UNTEMPERED,
         ).to(ds_row.dtype.element_ty)  # fmt: skip
-        tl.store(ds_row + block_offsets(block, BLOCK), ds, eviction_policy=DONE)
+        tl.store(block_pointers(ds_row, block, DS_ALIGNED, BLOCK), ds, eviction_policy=DONE)
     base_t = row_base(t_row, lead, end_t, gain_t, full_end, BLOCK, apart)
     base_s = row_base(s_row, lead, end_s, gain_s, full_end, BLOCK, apart)
     for edge in range(0, edge_count(full_end, tl.cdiv(end_s, BLOCK))):

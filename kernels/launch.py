@@ -269,10 +269,10 @@ def _lead(logits) -> tuple[int, int, int]:
 
 def _options(launch: Launch) -> dict:
     """A launch as Triton's options."""
-    options = {"BLOCK": launch.BLOCK, "num_warps": launch.warps}
+    options = {"BLOCK": launch.BLOCK}
     if not triton.knobs.runtime.interpret:
         target = driver.active.get_current_target()
-        options["num_warps"] = max(launch.warps * 32 // target.warp_size, 1)
+        options["num_warps"] = max(launch.threads // target.warp_size, 1)
         if target.backend == "cuda":
             options["maxnreg"] = launch.registers
     return options

@@ -4,44 +4,45 @@ from typing import NamedTuple
 
 
 class Launch(NamedTuple):
-    """Columns per block, warps of 32 threads per row (one program), and the most registers that
-    a thread may have, which only NVIDIA's compiler can be told."""
+    """Columns per block, threads per row (one program; warps have 32 of them on NVIDIA, 64 on AMD's
+    data centre GPUs), and the most registers that a thread may have, which only NVIDIA's compiler
+    can be told."""
 
     BLOCK: int
-    warps: int
+    threads: int
     registers: int
 
     def __str__(self) -> str:
-        return f"BLOCK = {self.BLOCK}, {self.warps} warps, {self.registers} registers"
+        return f"BLOCK = {self.BLOCK}, {self.threads} threads, {self.registers} registers"
 
 
 # Up to this V, two row pairs an SM of an A100, H100, B200 or RTX 4090 stay in its L2 between their
 # sweeps (`python -m bench l2`). Of longer rows only one does: kernels with several sweeps then have
-# one block an SM, of 16 warps.
+# one block an SM, of 512 threads.
 LARGEST_OF_TWO = 65_536
-ONE_ROW = Launch(4096, 16, 128)
+ONE_ROW = Launch(4096, 512, 128)
 
 
 def _by_vocabulary(
     registers: int, longest: Launch | None = None
 ) -> tuple[tuple[float, Launch], ...]:
     """(largest V, launch): 8 columns a thread, so that its share of bf16 is one 16-byte access."""
-    usual = Launch(2048, 8, registers)
+    usual = Launch(2048, 256, registers)
     return (
-        (256, Launch(256, 1, registers)),
-        (1024, Launch(1024, 4, registers)),
+        (256, Launch(256, 32, registers)),
+        (1024, Launch(1024, 128, registers)),
         (LARGEST_OF_TWO, usual),
         (float("inf"), longest or usual),
     )
 
 
-# The limits on registers leave room for 2, 3, 3, 5, 4, 4 blocks of 8 warps an SM. Left to itself,
+# The limits on registers leave room for 2, 3, 3, 5, 4, 4 blocks of 256 threads an SM. By itself,
 # ptxas takes 170 and one block, or spills some to reach more blocks than are asked for.
 TABLE = {
     "head or statistics": _by_vocabulary(128, ONE_ROW),
     "fixed weight": _by_vocabulary(80, ONE_ROW),
     "terms": _by_vocabulary(80, ONE_ROW),
-    "gradient": _by_vocabulary(48),
+    "gradient": _by_vocabulary(64),
     "gradient with a softcap": _by_vocabulary(64),
     "gradient of terms": _by_vocabulary(56),
 }
@@ -56,7 +57,9 @@ def candidates(kernel: str) -> tuple[Launch, ...]:
     """The launches that are worth timing: 4 or 8 columns a thread, as more would not fit into the
     registers, and fewer leave loads of less than 8 bytes in bf16."""
     registers = launch_for(kernel, 2048).registers
-    tried = [Launch(*shape, registers) for shape in ((1024, 4), (1024, 8), (2048, 8), (2048, 16))]
+    tried = [
+        Launch(*shape, registers) for shape in ((1024, 128), (1024, 256), (2048, 256), (2048, 512))
+    ]
     if kernel == "gradient":
-        return (*tried, Launch(2048, 8, 40), Launch(4096, 16, registers))
+        return (*tried, Launch(2048, 256, 40), Launch(4096, 512, registers))
     return (*tried, ONE_ROW)

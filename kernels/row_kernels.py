@@ -223,7 +223,7 @@ def forward_kernel(
                 ds_row, t_row, s_row, lead, end_t, end_s, scale_t, gain_t, scale_s, gain_s, scale_1,
                 full_end, upstream, lse_t, lse_s, lse_1, coefficients, of_label, label,
                 label_rate, a, b, keep_p, keep_q, FORWARD, REVERSE, TERMS, HYBRID, MOMENTS,
-                ONE_SCALE, HAS_LABELS, UNTEMPERED, APART, S_ALIGNED, BLOCK,
+                ONE_SCALE, HAS_LABELS, UNTEMPERED, APART, S_ALIGNED, DS_ALIGNED, BLOCK,
             )  # fmt: skip
         else:
             state = state_ptr + row * STATE_WIDTH
@@ -302,7 +302,7 @@ def backward_kernel(
             tl.load(state + 0), tl.load(state + 1), tl.load(state + 2), coefficients,
             tl.load(state + 3), label, label_rate, a, b, keep_p, keep_q,
             FORWARD, REVERSE, TERMS, HYBRID, MOMENTS, ONE_SCALE, HAS_LABELS, UNTEMPERED, APART,
-            S_ALIGNED, BLOCK,
+            S_ALIGNED, DS_ALIGNED, BLOCK,
         )  # fmt: skip
     else:
         _zero_row(ds_ptr + row_offset(row, inner, outer_ds, inner_ds), V_s, BLOCK)
@@ -316,7 +316,7 @@ def _write_gradient(
     FORWARD: tl.constexpr, REVERSE: tl.constexpr,
     TERMS: tl.constexpr, HYBRID: tl.constexpr, MOMENTS: tl.constexpr, ONE_SCALE: tl.constexpr,
     HAS_LABELS: tl.constexpr, UNTEMPERED: tl.constexpr, APART: tl.constexpr,
-    S_ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
+    S_ALIGNED: tl.constexpr, DS_ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The last stage, with the coefficients of `row_gradient` times the upstream gradient."""
     if TERMS is not None:
@@ -334,7 +334,7 @@ def _write_gradient(
         full_end, lse_t, lse_s, lse_1, coefficients, upstream * of_label, label,
         upstream * label_rate, a, b, keep_p, keep_q,
         FORWARD, REVERSE, TERMS, HYBRID, MOMENTS, ONE_SCALE, HAS_LABELS, UNTEMPERED, APART,
-        S_ALIGNED, BLOCK,
+        S_ALIGNED, DS_ALIGNED, BLOCK,
     )  # fmt: skip
 
 

@@ -196,7 +196,7 @@ class Result:
     vocabulary: int
     hidden: int | None
     BLOCK: int | None
-    warps: int | None
+    threads: int | None
     registers: int | None
     status: str  # "ok", or what went wrong
     median: float | None = None
@@ -277,7 +277,7 @@ class Bench:
             "vocabulary": case.vocabulary,
             "hidden": case.hidden,
             "BLOCK": case.launch and case.launch.BLOCK,
-            "warps": case.launch and case.launch.warps,
+            "threads": case.launch and case.launch.threads,
             "registers": case.launch and case.launch.registers,
         }
         try:
@@ -707,9 +707,9 @@ def best_launches(data: dict[str, Any]) -> list[str]:
     lines = []
     for (vocabulary, phase), results in timed.items():
         best = min(results, key=lambda result: float(result["median"]))
+        fastest = Launch(best["BLOCK"], best["threads"], best["registers"])
         lines.append(
-            f"V = {vocabulary:,}, {phase}: "
-            f"{Launch(best['BLOCK'], best['warps'], best['registers'])} ({best['median']:.3f} ms); "
+            f"V = {vocabulary:,}, {phase}: {fastest} ({best['median']:.3f} ms); "
             f"the table has {launch_for(DECIDES[phase], vocabulary)}"
         )
     return lines

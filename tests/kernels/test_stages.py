@@ -106,7 +106,7 @@ def gradient_kernel(
         lse_t, lse_s, lse_1, (slope, offset, teacher, lost, nothing, nothing),
         label_rate, label, label_rate,
         0.0, 0.0, 0.0, 0.0,
-        True, True, None, False, False, False, HAS_LABELS, HAS_LABELS, False, True, BLOCK,
+        True, True, None, False, False, False, HAS_LABELS, HAS_LABELS, False, True, True, BLOCK,
     )  # fmt: skip
 
 

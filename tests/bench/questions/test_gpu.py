@@ -247,7 +247,7 @@ def test_a_launch_reaches_the_kernels() -> None:
     with ptxcpu.active(arch=90, observer=launches.append):
         bench = gpu.Bench(CPU, copy_bytes=4096)
         cases = [
-            case(loss=loss, phase="forward", rows=rows, vocabulary=v, launch=Launch(128, 1, 128))
+            case(loss=loss, phase="forward", rows=rows, vocabulary=v, launch=Launch(128, 32, 128))
             for rows, v in ((2, 208), (5, 336))
         ]
         first, second = (bench.measure(c) for c in cases)
@@ -320,14 +320,14 @@ def test_results_outlive_what_stops_the_run(tmp_path: Path) -> None:
 
 
 def test_the_fastest_launch_is_named(tmp_path: Path) -> None:
-    launches = Launch(1024, 4, 128), Launch(2048, 4, 128)
+    launches = Launch(1024, 128, 128), Launch(2048, 128, 128)
     cases = [case(phase="inplace", launch=launch) for launch in launches]
     report = gpu.Report(tmp_path, {"device": {"type": "cpu"}}, cases, {})
     result = gpu.Bench(CPU, copy_bytes=4096).measure(cases[0])
     for c, block, milliseconds in zip(cases, (1024, 2048), (3.0, 2.0), strict=True):
-        report.add(c, replace(result, BLOCK=block, warps=4, registers=128, median=milliseconds))
+        report.add(c, replace(result, BLOCK=block, threads=128, registers=128, median=milliseconds))
     (text,) = gpu.best_launches(report.data)
-    assert "BLOCK = 2048, 4 warps, 128 registers (2.000 ms)" in text
+    assert "BLOCK = 2048, 128 threads, 128 registers (2.000 ms)" in text
 
 
 # ---- the command

@@ -71,5 +71,5 @@ def test_the_launch_table_holds_as_many_rows_as_the_model_finds_in_the_l2(device
     assert two[:2] == pytest.approx(one[:2])
     assert one[3] < 0.9 * two[3]
     assert one[2] <= two[2]
-    warps = [launch_for("head or statistics", v).warps for v in sizes]
-    assert warps == [8, 8, 16, 16]
+    threads = [launch_for("head or statistics", v).threads for v in sizes]
+    assert threads == [256, 256, 512, 512]
