@@ -23,17 +23,30 @@ from .ptxcpu.driver import WARP_SIZE, CpuDriver, Utils, cached_files
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, WARP_SIZE),
+    "sm_86": GPUTarget("cuda", 86, WARP_SIZE),
+    "sm_89": GPUTarget("cuda", 89, WARP_SIZE),
     "sm_90": GPUTarget("cuda", 90, WARP_SIZE),
     "sm_100": GPUTarget("cuda", 100, WARP_SIZE),
     "sm_120": GPUTarget("cuda", 120, WARP_SIZE),
     "gfx942": GPUTarget("hip", "gfx942", 64),
+    "gfx950": GPUTarget("hip", "gfx950", 64),
 }
-"""The GPUs that kernels are compiled for: A100, H100, B200, RTX 5090, MI300."""
+"""The GPUs that kernels are compiled for: A100, RTX 3090 and A10, RTX 4090 and L40S, H100, B200,
+RTX 5090, MI300, MI350."""
 
 NVIDIA = tuple(name for name, target in TARGETS.items() if target.backend == "cuda")
 
 # The shared memory that a block may have.
-_SHARED_KIB = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "sm_120": 99, "gfx942": 64}
+_SHARED_KIB = {
+    "sm_80": 163,
+    "sm_86": 99,
+    "sm_89": 99,
+    "sm_90": 227,
+    "sm_100": 227,
+    "sm_120": 99,
+    "gfx942": 64,
+    "gfx950": 160,
+}
 # The device ordinal selects Triton's in-process kernel cache; nothing is executed under this one.
 _DEVICE_BASE = 1 << 17
 

@@ -165,6 +165,8 @@ class _Multiprocessor:
 
 _MULTIPROCESSORS = {
     80: _Multiprocessor(warps=64, blocks=32, shared_bytes=164 * 1024),
+    86: _Multiprocessor(warps=48, blocks=16, shared_bytes=100 * 1024),
+    89: _Multiprocessor(warps=48, blocks=24, shared_bytes=100 * 1024),
     90: _Multiprocessor(warps=64, blocks=32, shared_bytes=228 * 1024),
     100: _Multiprocessor(warps=64, blocks=32, shared_bytes=228 * 1024),
     120: _Multiprocessor(warps=48, blocks=24, shared_bytes=100 * 1024),
@@ -181,11 +183,18 @@ def resident_blocks(arch: int, registers: int, shared_bytes: int, num_warps: int
     return min(sm.blocks, warps // num_warps, sm.shared_bytes // shared)
 
 
-def _resident_blocks_gfx942(vector_registers: int, shared_bytes: int, num_warps: int) -> int:
-    """The same for a compute unit of CDNA 3: four SIMDs of 512 registers and up to 8 waves."""
+# Shared memory of a compute unit, and the unit in which blocks get it.
+_COMPUTE_UNITS = {"gfx942": (64 * 1024, 512), "gfx950": (160 * 1024, 1280)}
+
+
+def _resident_blocks_amd(
+    arch: str, vector_registers: int, shared_bytes: int, num_warps: int
+) -> int:
+    """The same for a compute unit of CDNA 3 or 4: four SIMDs of 512 registers and up to 8 waves."""
     waves = 4 * min(8, 512 // _round_up(max(vector_registers, 1), 8))
     blocks = min(16 if num_warps > 1 else 32, waves // num_warps)
-    return min(blocks, 64 * 1024 // _round_up(shared_bytes, 512)) if shared_bytes else blocks
+    available, unit = _COMPUTE_UNITS[arch]
+    return min(blocks, available // _round_up(shared_bytes, unit)) if shared_bytes else blocks
 
 
 def _round_up(number: int, unit: int) -> int:
@@ -593,7 +602,9 @@ def _analyse_amd(kernel: CompiledKernel) -> KernelCode:
         spilled_registers=noted("vgpr_spill_count") + noted("sgpr_spill_count"),
         stack_bytes=noted("private_segment_fixed_size"),
         shared_bytes=metadata.shared,
-        resident_blocks=_resident_blocks_gfx942(registers, metadata.shared, metadata.num_warps),
+        resident_blocks=_resident_blocks_amd(
+            metadata.target.arch, registers, metadata.shared, metadata.num_warps
+        ),
         whole=_mix(graph.instructions(graph.reachable), _classify_amd),
         loops=_loops(graph, _classify_amd),
         functions=read_functions(kernel.asm["source"]),

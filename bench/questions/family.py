@@ -9,8 +9,7 @@ from typing import Any
 
 from bench.inputs.losses import FAMILY_LOSSES, LOSSES
 from bench.inputs.stages import DIVERGENCE, GRADIENT, IN_ONE, SEARCHES, SEPARATE, STATISTICS
-from bench.lab.compile import TARGETS
-from bench.questions.instructions import KernelCost, kernel_costs
+from bench.questions.instructions import GPUS, KernelCost, kernel_costs
 from bench.report.tables import table
 from bench.store import load
 
@@ -43,7 +42,7 @@ def collect() -> dict[str, Any]:
         "targets": {
             name: {
                 target: _totals(kernel_costs(name, target, VOCABULARY))
-                for target in TARGETS
+                for target in GPUS
                 if target != TARGET
             }
             for name in names
@@ -74,7 +73,7 @@ def _figures(costs: dict[str, KernelCost]) -> dict[str, Any]:
 
 def markdown(data: dict[str, Any]) -> str:
     stages = (STATISTICS, DIVERGENCE, GRADIENT)
-    of_targets = [target for target in TARGETS if target != TARGET]
+    of_targets = [target for target in GPUS if target != TARGET]
     rows: list[tuple[Any, ...]] = []
     for name, figures in data["members"].items():
         total = sum(figures["instructions"].values())

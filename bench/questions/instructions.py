@@ -45,11 +45,15 @@ from bench.inputs.stages import (
     SWEEPS,
 )
 from bench.lab import ptxcpu
-from bench.lab.compile import NVIDIA, TARGETS, RecordedLaunch, record_launches
+from bench.lab.compile import NVIDIA, RecordedLaunch, record_launches
 from bench.lab.sass import KernelCode, Loop, analyse
 from bench.report.tables import number, table
 
 MAIN_TARGET = "sm_90"
+# The code for sm_86 and sm_89 is that for sm_80 but for a few scalar instructions, and that for
+# gfx950 is that for gfx942 but for how it rounds to bf16.
+GPUS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
+NVIDIA_GPUS = tuple(target for target in GPUS if target in NVIDIA)
 
 # The loops of a peer's kernel, in the order of the source: our stage that does such work, and the
 # logits that an iteration reads per position. None: no work on logits.
@@ -353,7 +357,7 @@ def collect() -> dict[str, Any]:
                 kernel_costs(loss, target, vocabulary, dtype),
             )
             for loss in LOSSES
-            for target in TARGETS
+            for target in GPUS
             for dtype in DTYPES
             for vocabulary in VOCABULARIES
             if dtype == "bf16" or (target, vocabulary) == (MAIN_TARGET, MAIN_VOCABULARY)
@@ -382,7 +386,7 @@ def collect() -> dict[str, Any]:
             )
             for peer in PEERS
             if peer.kind == "triton" and not peer.is_ours
-            for target in NVIDIA
+            for target in NVIDIA_GPUS
             for vocabulary in PEER_VOCABULARIES
         ),
         "speculators_tiles": [_as_json(cost) for cost in speculators_tiles(MAIN_TARGET)],
@@ -451,7 +455,7 @@ def markdown(data: dict[str, Any]) -> str:
             ),
             "The same sums of all stages on the other GPUs, "
             f"V = {MAIN_VOCABULARY:,}, with forward and backward in two launches:",
-            table(("loss", "computes", *NVIDIA), _target_rows(ours, peers), texts=2),
+            table(("loss", "computes", *NVIDIA_GPUS), _target_rows(ours, peers), texts=2),
             f"Tiles of speculators' forward KL, {MAIN_TARGET}, V = {MAIN_VOCABULARY:,}:",
             table(
                 ("tile", "chosen", "forward", "backward", "both", "stack", "registers"),
@@ -621,7 +625,7 @@ def _target_rows(ours: Iterable[dict[str, Any]], peers: Iterable[dict[str, Any]]
             kernels = SEPARATE if is_ours else case["kernels"]
             total = sum(case["kernels"][kernel]["per_position"] for kernel in kernels)
             totals.setdefault(name, {})[case["target"]] = total
-    return [(*name, *(f"{of[target]:.1f}" for target in NVIDIA)) for name, of in totals.items()]
+    return [(*name, *(f"{of[target]:.1f}" for target in NVIDIA_GPUS)) for name, of in totals.items()]
 
 
 def _tile_rows(costs: list[dict[str, Any]]) -> list[tuple[str, ...]]:

@@ -295,6 +295,10 @@ def test_indirect_branches_are_refused() -> None:
         (90, 128, 0, 32, 0),  # 32 warps of 128 registers do not fit
         (90, 32, 64 * 1024, 4, 3),  # shared memory, of which 1 KiB per block is the system's
         (80, 32, 64 * 1024, 4, 2),
+        (86, 32, 0, 8, 6),  # 48 warps
+        (86, 16, 0, 1, 16),  # 16 blocks
+        (89, 16, 0, 1, 24),  # 24 blocks
+        (89, 32, 99 * 1024, 4, 1),
         (100, 32, 227 * 1024, 4, 1),
         (120, 32, 0, 8, 6),  # 48 warps
         (120, 16, 0, 1, 24),  # 24 blocks

@@ -9,15 +9,14 @@ from dataclasses import asdict
 
 import pytest
 
-from bench.lab.compile import TARGETS
-from bench.questions.instructions import kernel_costs
+from bench.questions.instructions import GPUS, kernel_costs
 from bench.store import load
 
 
 @pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing"
 )
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", GPUS)
 def test_stored_instructions_are_those_of_the_kernels(target: str) -> None:
     stored = load("instructions")
     if stored["versions"]["triton"] != importlib.metadata.version("triton"):
