@@ -625,7 +625,7 @@ def _target_rows(ours: Iterable[dict[str, Any]], peers: Iterable[dict[str, Any]]
             kernels = SEPARATE if is_ours else case["kernels"]
             total = sum(case["kernels"][kernel]["per_position"] for kernel in kernels)
             totals.setdefault(name, {})[case["target"]] = total
-    return [(*name, *(f"{of[target]:.1f}" for target in NVIDIA_GPUS)) for name, of in totals.items()]
+    return [(*name, *(f"{of[gpu]:.1f}" for gpu in NVIDIA_GPUS)) for name, of in totals.items()]
 
 
 def _tile_rows(costs: list[dict[str, Any]]) -> list[tuple[str, ...]]:

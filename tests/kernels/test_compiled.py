@@ -1,7 +1,7 @@
 """The code that the compiler made of the kernels, which no interpreter shows.
 
 A loop variable that was read after its loop once let LLVM delete all the code that followed, and
-the kernel still compiled. So every kernel is compiled for every target, and its loops, loads,
+the kernel still compiled. So kernels are compiled for every target, and their loops, loads,
 stores and exps must be there; and random orders of the warps must not change a bit, which a missing
 barrier would.
 """
