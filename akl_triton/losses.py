@@ -437,24 +437,24 @@ def rows_that_count(
     shift, ignored, weights = options["shift"], options["ignore_index"], options["token_weights"]
     valid = targets = None
     if labels is not None:
-        labels = _shifted(labels, shift, ignored)
+        labels = shifted(labels, shift, ignored)
         valid = labels != ignored
         if rule.needs_labels:
             targets = labels.reshape(-1)
     if options["mask"] is not None:
-        mask = _shifted(options["mask"], shift, False)
+        mask = shifted(options["mask"], shift, False)
         valid = mask if valid is None else valid & mask
     if shift and valid is None:
-        valid = _shifted(torch.ones_like(weights, dtype=torch.bool), shift, False)
+        valid = shifted(torch.ones_like(weights, dtype=torch.bool), shift, False)
     factor = _of_reduction(tokens, valid, options["reduction"], num_items)
     if weights is not None:
-        weights = _shifted(weights.float(), shift, 0.0)
+        weights = shifted(weights.float(), shift, 0.0)
         # The weight of an ignored token does not matter, not even if it is NaN.
         factor = factor * (weights if valid is None else weights.where(valid, 0.0)).reshape(-1)
     return None if valid is None else valid.reshape(-1), targets, factor
 
 
-def _shifted(of_tokens: Tensor, shift: int, value: float) -> Tensor:
+def shifted(of_tokens: Tensor, shift: int, value: float) -> Tensor:
     """The tensor moved by `shift` positions towards the start, filled with `value` at the end."""
     if not shift:
         return of_tokens

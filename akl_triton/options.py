@@ -36,7 +36,7 @@ class Option(NamedTuple):
 _positive = partial(checks.check_number, above=0.0)
 
 
-class CommonOptions(TypedDict, total=False):
+class SharedOptions(TypedDict, total=False):
     """The options that every loss has."""
 
     temperature: Annotated[float, Option(1.0, "T > 0 of both distributions", _positive)]
@@ -51,28 +51,6 @@ class CommonOptions(TypedDict, total=False):
             partial(checks.check_number, above=0.0, below=1.0, closed=True),
         ),
     ]
-    student_softcap: Annotated[
-        float | None,
-        Option(
-            None,
-            "of a model that caps its logits (Gemma 2: 30), where those passed are not capped yet: "
-            "the logits are `softcap tanh(logit_scale x / softcap)` of what is passed, x",
-            checks.check_softcap,
-        ),
-    ]
-    teacher_softcap: Annotated[
-        float | None, Option(None, "the same of the teacher", checks.check_softcap)
-    ]
-    student_logit_scale: Annotated[
-        float,
-        Option(
-            1.0,
-            "of a model that scales its logits (Cohere's `logit_scale`, 1 / Granite's "
-            "`logits_scaling`), where they are not scaled yet",
-            _positive,
-        ),
-    ]
-    teacher_logit_scale: Annotated[float, Option(1.0, "the same of the teacher", _positive)]
     mask: Annotated[
         Tensor | None,
         Option(
@@ -91,16 +69,6 @@ class CommonOptions(TypedDict, total=False):
     ]
     ignore_index: Annotated[
         int, Option(-100, "the label of tokens that do not count", checks.check_integer)
-    ]
-    shift: Annotated[
-        int,
-        Option(
-            0,
-            "compare the logits of position i with label i + shift (1: next-token labels as in the "
-            "batch), and likewise with mask and token_weights; the last positions then have no "
-            "label and do not count",
-            checks.check_shift,
-        ),
     ]
     reduction: Annotated[
         Reduction,
@@ -137,6 +105,43 @@ class CommonOptions(TypedDict, total=False):
     ]
 
 
+class CommonOptions(SharedOptions, total=False):
+    """Those of the losses of tensors, whose positions and maps they do not know."""
+
+    shift: Annotated[
+        int,
+        Option(
+            0,
+            "compare the logits of position i with label i + shift (1: next-token labels as in the "
+            "batch), and likewise with mask and token_weights; the last positions then have no "
+            "label and do not count",
+            checks.check_shift,
+        ),
+    ]
+    student_softcap: Annotated[
+        float | None,
+        Option(
+            None,
+            "of a model that caps its logits (Gemma 2: 30), where those passed are not capped yet: "
+            "the logits are `softcap tanh(logit_scale x / softcap)` of what is passed, x",
+            checks.check_softcap,
+        ),
+    ]
+    teacher_softcap: Annotated[
+        float | None, Option(None, "the same of the teacher", checks.check_softcap)
+    ]
+    student_logit_scale: Annotated[
+        float,
+        Option(
+            1.0,
+            "of a model that scales its logits (Cohere's `logit_scale`, 1 / Granite's "
+            "`logits_scaling`), where they are not scaled yet",
+            _positive,
+        ),
+    ]
+    teacher_logit_scale: Annotated[float, Option(1.0, "the same of the teacher", _positive)]
+
+
 class LossOptions(CommonOptions, total=False):
     """The options of the losses of logits."""
 
@@ -152,11 +157,9 @@ class LossOptions(CommonOptions, total=False):
     ]
 
 
-class LinearLossOptions(CommonOptions, total=False):
-    """The options of the losses of hidden states."""
+class ChunkOptions(TypedDict, total=False):
+    """The options of how hidden states are made into logits."""
 
-    student_bias: Annotated[Tensor | None, Option(None, "`[V_s]`, the bias of the lm_head")]
-    teacher_bias: Annotated[Tensor | None, Option(None, "`[V_t]`, the same of the teacher")]
     chunk_bytes: Annotated[
         int | None,
         Option(
@@ -176,6 +179,17 @@ class LinearLossOptions(CommonOptions, total=False):
     ]
 
 
+class LinearLossOptions(CommonOptions, ChunkOptions, total=False):
+    """The options of the losses of hidden states."""
+
+    student_bias: Annotated[Tensor | None, Option(None, "`[V_s]`, the bias of the lm_head")]
+    teacher_bias: Annotated[Tensor | None, Option(None, "`[V_t]`, the same of the teacher")]
+
+
+class ModelLossOptions(SharedOptions, ChunkOptions, total=False):
+    """The options of the loss of two models, which know the rest."""
+
+
 RETURN_STATS = Option(False, "also return `DivergenceStats`", checks.check_flag)
 
 
@@ -186,6 +200,7 @@ def _table(options: type) -> dict[str, Option]:
 
 LOSS_OPTIONS = _table(LossOptions)
 LINEAR_LOSS_OPTIONS = _table(LinearLossOptions)
+MODEL_LOSS_OPTIONS = _table(ModelLossOptions)
 
 
 def resolved(

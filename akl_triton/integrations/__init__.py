@@ -1,0 +1,20 @@
+"""The losses inside the models of Hugging Face.
+
+They are not part of `import akl_triton`: write `from akl_triton.integrations import
+distillation_loss_of_models`. Neither transformers nor peft is imported here: who has a model of
+theirs has imported them.
+
+`distillation_loss_of_models` is the loss of two causal language models, computed in the place of
+the student's lm_head; `describe_model` and `in_place_of_head` are what it is made of.
+"""
+
+from .heads import HeadInfo, describe_model, in_place_of_head
+from .models import check_vocabularies, distillation_loss_of_models
+
+__all__ = [
+    "HeadInfo",
+    "check_vocabularies",
+    "describe_model",
+    "distillation_loss_of_models",
+    "in_place_of_head",
+]

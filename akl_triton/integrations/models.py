@@ -1,0 +1,307 @@
+"""The loss of two causal language models, computed in the place of the student's lm_head."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any, Literal, cast, overload
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Unpack
+
+from .. import checks
+from ..divergences import AdaptiveKL, Divergence, resolve
+from ..linear_losses import linear_distillation_loss
+from ..losses import LossAndStats, shifted
+from ..options import MODEL_LOSS_OPTIONS, ModelLossOptions, documented, resolved
+from .heads import Found, HeadInfo, described, in_place_of, is_sharded, without_cache
+
+
+@overload
+def distillation_loss_of_models(
+    student: nn.Module, teacher: nn.Module, inputs: Mapping[str, Any],
+    labels: Tensor | None = None, *, divergence: Divergence | str = ..., shift: int = ...,
+    tokenizers: tuple[Any, Any] | None = ..., same_vocabulary: bool = ...,
+    return_stats: Literal[False] = False,
+    **options: Unpack[ModelLossOptions],
+) -> Tensor: ...  # fmt: skip
+@overload
+def distillation_loss_of_models(
+    student: nn.Module, teacher: nn.Module, inputs: Mapping[str, Any],
+    labels: Tensor | None = None, *, divergence: Divergence | str = ..., shift: int = ...,
+    tokenizers: tuple[Any, Any] | None = ..., same_vocabulary: bool = ...,
+    return_stats: Literal[True],
+    **options: Unpack[ModelLossOptions],
+) -> LossAndStats: ...  # fmt: skip
+@overload
+def distillation_loss_of_models(
+    student: nn.Module, teacher: nn.Module, inputs: Mapping[str, Any],
+    labels: Tensor | None = None, *, divergence: Divergence | str = ..., shift: int = ...,
+    tokenizers: tuple[Any, Any] | None = ..., same_vocabulary: bool = ...,
+    return_stats: bool,
+    **options: Unpack[ModelLossOptions],
+) -> Tensor | LossAndStats: ...  # fmt: skip
+@documented(ModelLossOptions)
+def distillation_loss_of_models(
+    student: nn.Module,
+    teacher: nn.Module,
+    inputs: Mapping[str, Any],
+    labels: Tensor | None = None,
+    *,
+    divergence: Divergence | str = AdaptiveKL(),  # noqa: B008 - it is frozen
+    shift: int = 1,
+    tokenizers: tuple[Any, Any] | None = None,
+    same_vocabulary: bool = True,
+    return_stats: bool = False,
+    **options: Unpack[ModelLossOptions],
+) -> Tensor | LossAndStats:
+    """`distillation_loss` of the logits of two models, which are never whole.
+
+    Math:
+        ``distillation_loss(student(**inputs).logits, teacher(**inputs).logits, labels,
+        shift=shift, ...)``, by `linear_distillation_loss` of the hidden states, weights and biases
+        of both lm_heads, with the softcaps and scales that `describe_model` finds.
+
+    The loss is computed in the place of the student's lm_head, and a call of the student, wrapped
+    or not, returns it: gradients are reduced by DistributedDataParallel, and parameters gathered by
+    ``fully_shard``, as in any other step. The adapters of PEFT are trained, also on the lm_head.
+    The teacher is run first, under torch.no_grad(). Both run as they are: call ``teacher.eval()``
+    if it has dropout.
+
+    The first call for a model describes it, with two runs on eight tokens. After a change of its
+    configuration, or for a model that does not run on tokens alone, call `describe_model`.
+
+    Args:
+        student, teacher: causal language models of transformers; the student also within PEFT,
+            DistributedDataParallel or torch.compile, or after ``fully_shard``, the teacher
+            likewise.
+        inputs: the arguments of both models, such as ``input_ids`` ``[B, L]`` and
+            ``attention_mask``. With ``logits_to_keep`` the loss is that of the positions that it
+            keeps.
+        labels: ``[B, L]``, as in the batch of a trainer: the label of position i is token i. By
+            default those in inputs. Without labels and mask, the positions count that the
+            attention mask of inputs does not mask.
+        divergence: a member of the family, or its name, such as "reverse_kl".
+        shift: compare the logits of position i with label, mask and token weight i + shift.
+        tokenizers: those of student and teacher, which have to have the same token for every id.
+        same_vocabulary: False where one side has more ids, which the other is taken to give the
+            probability 0.
+        return_stats: also return `DivergenceStats`.
+        {options}
+
+    Shape:
+        scalar, or that of labels for "none", with the positions that logits_to_keep keeps; with
+        ``return_stats`` the pair (loss, stats).
+
+    Dtype:
+        models in fp32, bf16 or fp16, the two sides not necessarily alike, also under autocast. The
+        loss is fp32.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above, the vocabularies differ, or a loss
+            cannot be computed in the place of the lm_head (see `describe_model`).
+
+    Reference:
+        See `AdaptiveKL` and `linear_distillation_loss`.
+
+    Example:
+        >>> import torch
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from akl_triton.integrations import distillation_loss_of_models
+        >>> sizes = dict(vocab_size=96, intermediate_size=32, num_hidden_layers=1)
+        >>> student = LlamaForCausalLM(LlamaConfig(hidden_size=32, **sizes))
+        >>> teacher = LlamaForCausalLM(LlamaConfig(hidden_size=64, **sizes))
+        >>> ids = torch.randint(96, (2, 10))
+        >>> loss = distillation_loss_of_models(student, teacher, {"input_ids": ids}, labels=ids)
+        >>> loss.backward()
+        >>> student.lm_head.weight.grad.shape
+        torch.Size([96, 32])
+    """
+    member, given = resolved(
+        "distillation_loss_of_models", resolve(divergence), MODEL_LOSS_OPTIONS, options
+    )
+    checks.check_flag("return_stats", return_stats)
+    arguments = dict(inputs)
+    labels_of_inputs = arguments.pop("labels", None)
+    of_tokens = _of_tokens(
+        arguments,
+        labels_of_inputs if labels is None else labels,
+        given.pop("mask", None),
+        given.pop("token_weights", None),
+        checks.check_shift("shift", shift),
+        given.get("ignore_index", MODEL_LOSS_OPTIONS["ignore_index"].default),
+    )
+    student_found, ours = described(student, "student")
+    teacher_found, theirs = described(teacher, "teacher")
+    check_vocabularies(ours.vocab_size, theirs.vocab_size, tokenizers, same_vocabulary)
+    teacher_hidden, teacher_weight, teacher_bias = _teacher_side(
+        teacher, teacher_found, theirs, arguments
+    )
+
+    def loss(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
+        def here(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x.to(hidden.device)
+
+        known: dict[str, Any] = {
+            "student_bias": None if bias is None else _rows(bias, ours),
+            "teacher_bias": here(teacher_bias),
+            "student_logit_scale": ours.scale,
+            "teacher_logit_scale": theirs.scale,
+            "student_softcap": ours.softcap,
+            "teacher_softcap": theirs.softcap,
+            **{name: here(values) for name, values in of_tokens.items()},
+        }
+        return linear_distillation_loss(
+            hidden,
+            _rows(weight, ours),
+            teacher_hidden.to(hidden.device),
+            teacher_weight.to(hidden.device),
+            divergence=member,
+            return_stats=return_stats,
+            **known,
+            **given,
+        )
+
+    with in_place_of(student, loss, "student"):
+        return cast(
+            "Tensor | LossAndStats", student(**{**without_cache(student_found.base), **arguments})
+        )
+
+
+def check_vocabularies(
+    student_size: int,
+    teacher_size: int,
+    tokenizers: tuple[Any, Any] | None = None,
+    same_vocabulary: bool = True,
+) -> None:
+    """Student and teacher have the same tokens, or an error says which ids differ.
+
+    Without tokenizers their number alone can be compared."""
+    checks.check_flag("same_vocabulary", same_vocabulary)
+    common, all_of_them = sorted((student_size, teacher_size))
+    if same_vocabulary and common != all_of_them:
+        larger = "student" if student_size > teacher_size else "teacher"
+        raise ValueError(
+            f"teacher: expected the vocabulary of the student, {student_size} logits, got "
+            f"{teacher_size}: the ids {common} to {all_of_them - 1} are the {larger}'s alone; if "
+            "these are padding or tokens that the other side never has, pass same_vocabulary=False"
+        )
+    if tokenizers is None:
+        return
+    if not (isinstance(tokenizers, tuple) and len(tokenizers) == 2):
+        raise TypeError(
+            "tokenizers: expected the pair (student's, teacher's), got "
+            f"{checks.type_of(tokenizers)}"
+        )
+    different = _different_ids(*tokenizers, len(tokenizers[0]), len(tokenizers[1]))
+    if not same_vocabulary:
+        different = [each for each in different if each[0] < common]
+    if different:
+        some = ", ".join(f"{i} ({ours!r} and {theirs!r})" for i, ours, theirs in different[:3])
+        raise ValueError(
+            "tokenizers: expected the same token for every id, got others for "
+            f"{len(different)}: {some}{', ...' if len(different) > 3 else ''}; the loss compares "
+            "logits of the same id: take a teacher that has the student's tokenizer"
+        )
+
+
+@functools.lru_cache(maxsize=4)
+def _different_ids(
+    student: Any, teacher: Any, *_lengths: int
+) -> list[tuple[int, str | None, str | None]]:
+    """(id, the student's token, the teacher's) where they differ. Lengths tell whether tokens have
+    been added to a tokenizer since."""
+    ours, theirs = (
+        {i: token for token, i in tokenizer.get_vocab().items()} for tokenizer in (student, teacher)
+    )
+    return [
+        (i, ours.get(i), theirs.get(i))
+        for i in sorted(ours.keys() | theirs.keys())
+        if ours.get(i) != theirs.get(i)
+    ]
+
+
+def _of_tokens(
+    inputs: Mapping[str, Any],
+    labels: Tensor | None,
+    mask: Tensor | None,
+    token_weights: Tensor | None,
+    shift: int,
+    ignore_index: int,
+) -> dict[str, Tensor]:
+    """Labels, mask and weights of the positions whose hidden states reach the lm_head."""
+    given = {"labels": labels, "mask": mask, "token_weights": token_weights}
+    of_tokens = {name: values for name, values in given.items() if values is not None}
+    ids = inputs.get("input_ids")
+    for name, values in of_tokens.items():
+        checks.check_tensor(name, values)
+        if ids is not None and values.shape != ids.shape:
+            raise ValueError(
+                f"{name}: expected shape {list(ids.shape)}, that of input_ids, got "
+                f"{list(values.shape)}"
+            )
+    fill = {"labels": ignore_index, "mask": False, "token_weights": 0.0}
+    of_positions = {name: shifted(values, shift, fill[name]) for name, values in of_tokens.items()}
+    if labels is None and mask is None:
+        attended = _attended(inputs)
+        # Neither the padding nor what would follow the last token; nor a token after padding,
+        # which that cannot predict.
+        of_positions["mask"] = attended & shifted(attended, shift, False)
+    keep = inputs.get("logits_to_keep", 0)
+    return {name: _kept(values, keep) for name, values in of_positions.items()}
+
+
+def _attended(inputs: Mapping[str, Any]) -> Tensor:
+    """[B, L] bool, the tokens that are no padding."""
+    ids, attention_mask = inputs.get("input_ids"), inputs.get("attention_mask")
+    if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
+        return attention_mask.bool()
+    if not isinstance(ids, Tensor):
+        raise ValueError(
+            "labels: expected labels or a mask with inputs that have neither input_ids nor an "
+            f"attention_mask [B, L], got None with {', '.join(inputs)}"
+        )
+    return torch.ones_like(ids, dtype=torch.bool)
+
+
+def _kept(of_positions: Tensor, logits_to_keep: int | Tensor) -> Tensor:
+    """Those of [B, L] that the argument of transformers keeps: the last few; the same ones of each
+    sequence; [B, K] of each; or [B, L] bool, which gives one dimension."""
+    if not isinstance(logits_to_keep, Tensor):
+        return of_positions[:, -logits_to_keep:]  # all where it is 0
+    if logits_to_keep.dim() == 2 and logits_to_keep.dtype != torch.bool:
+        return of_positions.take_along_dim(logits_to_keep, dim=1)
+    return (
+        of_positions[logits_to_keep]
+        if logits_to_keep.dim() == 2
+        else of_positions[:, logits_to_keep]
+    )
+
+
+def _teacher_side(
+    teacher: nn.Module, found: Found, info: HeadInfo, inputs: Mapping[str, Any]
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Hidden states, weight and bias of the teacher."""
+
+    def parts(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor | None, ...]:
+        mine = [None if x is None else _rows(x.detach(), info) for x in (weight, bias)]
+        if is_sharded(found.linear.weight):  # gathered for the forward, and freed at its end
+            mine = [None if x is None else x.clone() for x in mine]
+        return hidden, *mine
+
+    device = found.base.device
+    arguments = {
+        name: value.to(device) if isinstance(value, Tensor) and device.type != "meta" else value
+        for name, value in inputs.items()
+    }
+    with torch.no_grad(), in_place_of(teacher, parts, "teacher"):
+        return cast(
+            "tuple[Tensor, Tensor, Tensor | None]",
+            teacher(**{**without_cache(found.base), **arguments}),
+        )
+
+
+def _rows(x: Tensor, info: HeadInfo) -> Tensor:
+    """The rows of a weight or bias that are of the vocabulary, and no padding."""
+    return x if len(x) == info.vocab_size else x[: info.vocab_size]
