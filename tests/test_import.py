@@ -44,6 +44,16 @@ akl_triton.adaptive_kl(student, torch.eye(2, 5), backend="torch").backward()
 print(*sorted(sys.modules))
 """
 
+INTEGRATIONS = """
+import sys, torch
+from akl_triton.integrations import distillation_loss_of_models
+try:
+    distillation_loss_of_models(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2), {}, torch.zeros(1, 2))
+except TypeError as error:
+    assert str(error).startswith("student: expected a causal language model"), error
+    print(*sorted(sys.modules))
+"""
+
 HEAVY = {"matplotlib", "numpy", "rich", "transformers", "triton", "kernels"}
 
 
@@ -72,3 +82,10 @@ def test_the_torch_backend_leaves_the_rest_alone() -> None:
     modules = set(output_of(TORCH_BACKEND).split())
     assert "akl_triton.eager" in modules
     assert not {"akl_triton.kernels.launch", "akl_triton.cli"} & modules
+
+
+def test_integrations_import_nothing_that_they_integrate_with() -> None:
+    """Who has a model of theirs has imported them."""
+    loaded = {name.partition(".")[0] for name in output_of(INTEGRATIONS).split()}
+    assert "akl_triton" in loaded
+    assert not {"transformers", "peft", "accelerate", "trl"} & loaded

@@ -193,8 +193,8 @@ def describe(model: nn.Module, input_ids: Tensor | None, argument: str) -> HeadI
             except Exception as error:
                 raise ValueError(
                     f"{argument}: expected a model that runs on input_ids {list(input_ids.shape)} "
-                    f"alone, got {type(error).__name__} from {type(base).__name__}; call "
-                    "describe_model(model, input_ids) with tokens that it takes"
+                    f"alone, or describe_model(model, input_ids) with tokens that it takes, got "
+                    f"{type(error).__name__} from {type(base).__name__}: {error}"
                 ) from error
         if len(calls) != 1:
             refuse_calls(found, len(calls), argument)
@@ -352,8 +352,8 @@ def _linear_of(head: Any) -> tuple[Any, Kind]:
         if head.disable_adapters or not active or active[0] not in head.modules_to_save:
             return head.original_module, "modules_to_save"
         return head.modules_to_save[active[0]], "modules_to_save"
-    # A variant, such as DoRA, is another function of the same matrices.
-    if type(head) is lora.Linear and not head.lora_variant:
+    # fully_shard makes a class of its own; a variant, such as DoRA, is another function.
+    if getattr(type(head), "forward", None) is lora.Linear.forward and not head.lora_variant:
         return head.get_base_layer(), "lora"
     return head, "linear"
 

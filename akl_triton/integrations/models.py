@@ -284,9 +284,11 @@ def _teacher_side(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Hidden states, weight and bias of the teacher."""
 
+    gathered = is_sharded(found.linear.weight)  # for the forward, and freed at its end
+
     def parts(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor | None, ...]:
         mine = [None if x is None else _rows(x.detach(), info) for x in (weight, bias)]
-        if is_sharded(found.linear.weight):  # gathered for the forward, and freed at its end
+        if gathered:
             mine = [None if x is None else x.clone() for x in mine]
         return hidden, *mine
 
