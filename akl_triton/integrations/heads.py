@@ -19,7 +19,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple, NoReturn, TypeAlias
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 import torch.nn.functional as F
@@ -153,14 +153,14 @@ class Found(NamedTuple):
 
 
 # The head that a model had when it was described, and what was found.
-_DESCRIBED: WeakKeyDictionary[nn.Module, tuple[nn.Module, HeadInfo]] = WeakKeyDictionary()
+_DESCRIBED: WeakKeyDictionary[nn.Module, tuple[ref[nn.Module], HeadInfo]] = WeakKeyDictionary()
 
 
 def described(model: nn.Module, argument: str) -> tuple[Found, HeadInfo]:
     """The parts of a model, and what `describe` found when it had that head."""
     found = find(model, argument)
     head, info = _DESCRIBED.get(found.base, (None, None))
-    if info is None or head is not found.head:
+    if head is None or info is None or head() is not found.head:
         info = describe(model, None, argument)
     return found, info
 
@@ -171,7 +171,7 @@ def describe(model: nn.Module, input_ids: Tensor | None, argument: str) -> HeadI
     base, head = found.base, found.head
     if input_ids is None:
         input_ids = _some_tokens(base, found.linear)
-    called = _without_copies(model)
+    called = _unwrapped(model)
     forward = getattr(head, _computing(head))
     probes: list[Tensor] = []
     outputs: list[Tensor] = []
@@ -214,7 +214,7 @@ def describe(model: nn.Module, input_ids: Tensor | None, argument: str) -> HeadI
         softcap=softcap,
         error=_error(x, logits, scale, softcap, found, argument),
     )
-    _DESCRIBED[base] = head, info
+    _DESCRIBED[base] = ref(head), info
     return info
 
 
@@ -251,7 +251,7 @@ def in_place_of(model: nn.Module, function: HeadFunction, argument: str) -> Iter
 def find(model: nn.Module, argument: str) -> Found:
     """The innermost model and its lm_head, or an error that says what stands in the way."""
     base = innermost(model, argument)
-    if base.config.is_encoder_decoder:
+    if getattr(base.config, "is_encoder_decoder", False):
         raise ValueError(
             f"{argument}: expected a causal language model, got {type(base).__name__}, an "
             "encoder-decoder, which needs inputs for its decoder"
@@ -263,9 +263,9 @@ def find(model: nn.Module, argument: str) -> Found:
     if not isinstance(linear, nn.Linear) or not _is_plain(weight):
         of = f" with a weight of {weight.dtype}" if isinstance(weight, Tensor) else ""
         raise ValueError(
-            f"{argument}: expected an lm_head that is a torch.nn.Linear of fp32, bf16 or fp16, "
-            f"neither quantised nor one of several, got {type_of(linear)}{of} as {name} of "
-            f"{type(base).__name__}"
+            f"{argument}: expected an lm_head that is a torch.nn.Linear of fp32, bf16 or fp16, or "
+            "plain LoRA or modules_to_save of one, neither quantised nor one of several, got "
+            f"{type_of(linear)}{of} as {name} of {type(base).__name__}"
         )
     return Found(base, name, head, linear, kind)
 
@@ -273,7 +273,7 @@ def find(model: nn.Module, argument: str) -> Found:
 def innermost(model: nn.Module, argument: str) -> Any:
     """The model of transformers within its wrappers."""
     peft = sys.modules.get("peft")
-    inner: Any = _without_copies(model)
+    inner: Any = _unwrapped(model)
     while peft is not None and isinstance(inner, (peft.PeftModel, peft.PeftMixedModel)):
         for name, config in inner.peft_config.items():
             if config.is_prompt_learning:
@@ -281,7 +281,7 @@ def innermost(model: nn.Module, argument: str) -> Any:
                     f"{argument}: expected the logits of the input's tokens, got prompt learning "
                     f"({type(config).__name__} as adapter {name!r}), which adds tokens of its own"
                 )
-        inner = _without_copies(inner.get_base_model())
+        inner = _unwrapped(inner.get_base_model())
     if not (hasattr(inner, "get_output_embeddings") and hasattr(inner, "config")):
         raise TypeError(
             f"{argument}: expected a causal language model of transformers, or one within PEFT, "
@@ -329,7 +329,7 @@ def refuse_calls(found: Found, calls: int, argument: str) -> NoReturn:
     )
 
 
-def _without_copies(model: Any) -> Any:
+def _unwrapped(model: Any) -> Any:
     """The model within torch.compile and DistributedDataParallel."""
     while True:
         if hasattr(model, "_orig_mod"):
@@ -421,7 +421,7 @@ def _error(
     logits, eps = logits.float(), torch.finfo(x.dtype).eps
     largest = logits.abs().max()
     ours = _mapped(x[..., : logits.shape[-1]].float(), scale, softcap)
-    error = ((ours - logits).abs().max() / largest).item() if largest > 0 else 0.0
+    error = ((ours - logits).abs().max() / largest).item() if largest != 0 else 0.0
     if not error <= max(_TOLERANCE, _ROUNDINGS * eps):
         raise ValueError(
             f"{argument}: expected an lm_head {found.name} that is hidden @ weight.T + bias, got "

@@ -88,7 +88,7 @@ def picoseconds(order: Order, moved: float, device: Mapping[str, Any]) -> float:
     seconds = max(
         moved / device.get("copy", device["bandwidth"]), through_l2(order) / device["l2_rate"]
     )
-    return 1e12 * seconds
+    return float(1e12 * seconds)
 
 
 def of_launch(

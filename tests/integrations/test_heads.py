@@ -229,6 +229,12 @@ class PackedHead(nn.Linear):
         self.weight = nn.Parameter(weight, requires_grad=False)
 
 
+def broken() -> Any:
+    model = tiny_model("llama")
+    model.model.norm.weight.data.fill_(float("nan"))
+    return model
+
+
 def with_head(head: nn.Module) -> Any:
     model = tiny_model("llama")
     model.lm_head = head
@@ -262,6 +268,7 @@ def encoder_decoder() -> Any:
         (lambda: with_forward(tiny_model("llama"), shifted), ValueError, "got another function"),
         (lambda: with_forward(tiny_model("llama"), masked), ValueError, "got another function"),
         (lambda: with_forward(tiny_model("llama"), negative), ValueError, "scale > 0, got another"),
+        (broken, ValueError, "off by nan of the largest"),
         (lambda: nn.DataParallel(tiny_model("llama")), TypeError, "DistributedDataParallel"),
     ],
     ids=lambda x: x if isinstance(x, str) else "",

@@ -80,7 +80,8 @@ def test_logits_survive_the_timing(
     """Every candidate that is timed in place overwrites the logits of the rows that it is timed on,
     of which there are no more than fill the device."""
     if layout == "many outer rows":  # 3 of every 4 rows, which no view of two dimensions can have
-        logits = tuple(x[:8].view(2, 4, V)[:, :3].repeat(2, 1, 1) for x in logits)
+        student, teacher = (x[:8].view(2, 4, V)[:, :3].repeat(2, 1, 1) for x in logits)
+        logits = student, teacher
     expected = loss_and_gradient(logits, inplace=True)
     timed = tune(monkeypatch, (NARROW, OTHER), (NARROW,))
     assert_close(loss_and_gradient(logits, inplace=True), expected)

@@ -22,15 +22,15 @@ def reductions_kernel(
     x_ptr, out_ptr, AT_ONCE: tl.constexpr, COUNT: tl.constexpr, BLOCK: tl.constexpr
 ):
     columns = tl.arange(0, BLOCK)
-    values = ()
+    values: Any = ()
     for i in tl.static_range(COUNT):
         values = values + (tl.load(x_ptr + i * BLOCK + columns),)  # noqa: RUF005
     if AT_ONCE:
         totals = sums(values)
         largest = maxima(values)
     else:
-        totals = ()
-        largest = ()
+        totals: Any = ()
+        largest: Any = ()
         for i in tl.static_range(COUNT):
             totals = totals + (tl.sum(values[i], axis=0),)  # noqa: RUF005
             largest = largest + (tl.max(values[i], axis=0),)  # noqa: RUF005
