@@ -22,15 +22,13 @@ def reductions_kernel(
     x_ptr, out_ptr, AT_ONCE: tl.constexpr, COUNT: tl.constexpr, BLOCK: tl.constexpr
 ):
     columns = tl.arange(0, BLOCK)
-    values: Any = ()
+    values = ()
     for i in tl.static_range(COUNT):
-        values = values + (tl.load(x_ptr + i * BLOCK + columns),)  # noqa: RUF005
+        values = values + (tl.load(x_ptr + i * BLOCK + columns),)  # type: ignore[assignment]  # noqa: RUF005
     if AT_ONCE:
-        totals = sums(values)
-        largest = maxima(values)
+        totals, largest = sums(values), maxima(values)
     else:
-        totals: Any = ()
-        largest: Any = ()
+        totals, largest = (), ()
         for i in tl.static_range(COUNT):
             totals = totals + (tl.sum(values[i], axis=0),)  # noqa: RUF005
             largest = largest + (tl.max(values[i], axis=0),)  # noqa: RUF005
