@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..divergences import AdaptiveKL, Divergence, resolve
 from ..losses import distillation_loss, shifted
 from ..options import MODEL_LOSS_OPTIONS, resolved
-from .heads import described, is_sharded
+from .heads import described, innermost, is_sharded
 from .models import check_vocabularies, distillation_loss_of_models
 
 _IGNORED = -100  # the label of every collator and Trainer
@@ -108,20 +108,23 @@ class DistillationMixin(_AnyTrainer):
         }
         self._statistics = _known_statistics(self.divergence, options.get("kd_ratio", 1.0))
         super().__init__(*args, **kwargs)
+        # Before there was `loss_is_scaled_for_ga`, this said the same.
+        self.model_accepts_loss_kwargs = True
         _check_trainer(self)
+        model: Any = self.model
+        if innermost(teacher_model, "teacher_model") is innermost(model, "model"):
+            raise ValueError(
+                "teacher_model: expected a model apart from the student, got the same one; pass "
+                "copy.deepcopy(model)"
+            )
+        self.teacher_model = _placed(teacher_model.eval(), self.args.device)
         # Elsewhere a parameter may be on no device yet, or not be whole.
         if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            model: Any = self.model
-            found, ours = described(model, "model")
-            teacher_found, theirs = described(teacher_model, "teacher_model")
-            if teacher_found.base is found.base:
-                raise ValueError(
-                    "teacher_model: expected a model apart from the student, got the same one; "
-                    "pass copy.deepcopy(model)"
-                )
+            _, ours = described(model, "model")
+            _, theirs = described(teacher_model, "teacher_model")
             check_vocabularies(ours.vocab_size, theirs.vocab_size, tokenizers, same_vocabulary)
-        self.teacher_model = _placed(teacher_model.eval(), self.args.device)
         self._trained = self._no_sums()
+        self._evaluated = self._no_sums("loss")
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         self._trained = self._no_sums()
@@ -214,7 +217,9 @@ class DistillationMixin(_AnyTrainer):
                 **self._loss_arguments,
                 **options,
             )
-        return loss, [*(getattr(stats, name) for name in self._statistics), valid.float()]
+        columns = [*(getattr(stats, name) for name in self._statistics), valid.float()]
+        device = self.args.device  # a device_map may have put the lm_head on another
+        return loss.to(device), [x.to(device) for x in columns]
 
     def _no_sums(self, *others: str) -> Tensor:
         """A sum for each statistic, and the number of tokens."""

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import copy
 import doctest
+import os
 from collections.abc import Iterable
 from typing import Any
 
 import pytest
 import torch
 import torch._dynamo
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -22,6 +24,7 @@ from akl_triton.integrations import distillation_loss_of_models
 
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
+import accelerate
 import transformers
 from safetensors import safe_open
 
@@ -89,23 +92,36 @@ def loss_of_logits(student: Any, teacher: Any, inputs: dict[str, Tensor], **opti
 
 
 def train_plainly(
-    student: Any, teacher: Any, steps: int = 3, autocast: bool = False, **options: Any
+    student: Any,
+    teacher: Any,
+    steps: int = 3,
+    sequences: Any = None,
+    autocast: bool = False,
+    groups: tuple[tuple[int, ...], ...] = ((0, 1, 2, 3),),
+    **options: Any,
 ) -> list[dict[str, Any]]:
-    """Steps of four sequences; of each the loss, the statistics of its tokens, which count."""
+    """Steps of four sequences, the mean over the tokens of each group of them; of each step the
+    loss, and the statistics of its tokens."""
     student.train()
     trained = [p for p in student.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=RATE, eps=EPSILON, weight_decay=0.0)
     history = []
     for step in range(steps):
-        inputs = batch(dataset()[4 * step : 4 * step + 4])
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            loss, stats = loss_of_logits(student, teacher, inputs, return_stats=True, **options)
+        of_step = (sequences or dataset())[4 * step : 4 * step + 4]
+        loss, statistics = torch.zeros(()), []
+        for group in groups:
+            inputs = batch(of_step[i] for i in group)
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                part, stats = loss_of_logits(student, teacher, inputs, return_stats=True, **options)
+            loss = loss + part / len(groups)
+            valid = inputs["labels"][:, 1:] != -100
+            statistics.append([x[:, :-1][valid] for x in stats])
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        valid = inputs["labels"][:, 1:] != -100
-        tokens = {name: x[:, :-1][valid] for name, x in stats._asdict().items()}
-        history.append({"loss": loss.item(), "tokens": tokens})
+        tokens = map(torch.cat, zip(*statistics, strict=True))
+        named = dict(zip(DivergenceStats._fields, tokens, strict=True))
+        history.append({"loss": loss.item(), "tokens": named})
     return history
 
 
@@ -162,6 +178,25 @@ def test_accumulation(tmp_path, model_type, options, size):
     assert all(p.grad is None for p in teacher.parameters())
 
 
+def test_a_model_that_takes_no_count(tmp_path):
+    """As many with images; its Trainer would count no tokens."""
+    student, teacher = student_and_teacher()
+    student.accepts_loss_kwargs = False
+    expected = copy.deepcopy(student)
+    args = arguments(tmp_path, per_device_train_batch_size=1, gradient_accumulation_steps=4)
+    assert_same_training(trainer_of(student, teacher, args), student, expected, teacher)
+
+
+class Looks(transformers.TrainerCallback):
+    """Asks for the loss of other tokens between two steps."""
+
+    trainer: Any
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        with torch.no_grad():
+            self.trainer.compute_loss(given["model"].eval(), batch(dataset(1)))
+
+
 def test_logs_are_means_over_tokens(tmp_path):
     student, teacher = student_and_teacher()
     expected = copy.deepcopy(student)
@@ -177,14 +212,14 @@ def test_logs_are_means_over_tokens(tmp_path):
     trainer = trainer_of(
         student, teacher, args, train_dataset=2 * dataset(), eval_dataset=dataset(3), kd_ratio=0.5
     )
+    Looks.trainer = trainer
+    trainer.add_callback(Looks)
     trainer.train()
-    history = train_plainly(expected, teacher, kd_ratio=0.5)
-    logs = logs_of_training(trainer)
-    assert len(logs) == 2
-    for name in DivergenceStats._fields:
-        tokens = torch.cat([step["tokens"][name] for step in history[:2]])
-        assert logs[0][name] == pytest.approx(tokens.mean().item(), rel=1e-4), name
-    assert logs[1]["forward_kl"] < logs[0]["forward_kl"]
+    history = train_plainly(expected, teacher, 4, 2 * dataset(), kd_ratio=0.5)
+    for logs, steps in zip(logs_of_training(trainer), (history[:2], history[2:]), strict=True):
+        for name in DivergenceStats._fields:
+            tokens = torch.cat([step["tokens"][name] for step in steps])
+            assert logs[name] == pytest.approx(tokens.mean().item(), rel=1e-4), name
 
 
 def test_a_second_training_starts_its_statistics_anew(tmp_path):
@@ -351,6 +386,7 @@ def test_resuming_is_bit_equal(tmp_path):
         gradient_accumulation_steps=2,
         train_sampling_strategy="random",
     )
+    names = set(student.state_dict())
     trainer = trainer_of(student, teacher, args)
     trainer.train()
     resumed, _ = student_and_teacher(seed=5, **dropout)
@@ -360,7 +396,7 @@ def test_resuming_is_bit_equal(tmp_path):
         assert torch.equal(ours, expected)
     assert logs_of_training(again) == logs_of_training(trainer)
     with safe_open(f"{tmp_path}/checkpoint-2/model.safetensors", "pt") as saved:
-        assert set(saved.keys()) == set(student.state_dict())
+        assert set(saved.keys()) == names
 
 
 # ---- the models as a Trainer has them
@@ -430,6 +466,118 @@ def test_torch_compile(tmp_path):
     trainer = trainer_of(student, teacher, args)
     assert_same_training(trainer, student, expected, teacher)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1  # for all steps
+
+
+# ---- data parallel
+
+
+class ShardedOnCPU(DistillationTrainer):
+    """With FSDP2, for which accelerate would want a GPU."""
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        state = self.accelerator.state
+        state.distributed_type = accelerate.DistributedType.FSDP
+        state.fsdp_plugin = accelerate.FullyShardedDataParallelPlugin(
+            fsdp_version=2,
+            auto_wrap_policy="transformer_based_wrap",
+            transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
+            cpu_ram_efficient_loading=False,
+        )
+        self.is_fsdp_enabled = True
+
+
+ONE_TOKEN = [{**x, "labels": torch.full_like(x["labels"], -100)} for x in dataset(4)]
+ONE_TOKEN[2]["labels"][3] = 7
+# What is trained, and how: arguments of the Trainer, and of the plain loop.
+PARALLEL: dict[str, dict[str, Any]] = {
+    "DDP": {"model_type": "gemma2"},
+    "LoRA": {"model_type": "llama"},
+    "one token": {"model_type": "llama", "sequences": ONE_TOKEN},
+    "tokens of a process": {"model_type": "llama", "groups": ((0, 2), (1, 3))},
+    "FSDP2": {"model_type": "llama"},
+}
+
+
+def parallel_models(how: str) -> tuple[Any, Any]:
+    student, teacher = student_and_teacher(PARALLEL[how]["model_type"])
+    return adapted(student, **ADAPTERS["lm_head"]) if how == "LoRA" else student, teacher
+
+
+def whole(p: Any) -> Tensor:
+    found: Tensor = p.full_tensor() if hasattr(p, "full_tensor") else p
+    return found.detach()
+
+
+def train_in_parallel(rank: int, folder: str) -> None:
+    """Two processes, each with two micro-batches of one sequence in a step."""
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
+    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
+    for how, given in PARALLEL.items():
+        student, teacher = parallel_models(how)
+        sequences = given.get("sequences", dataset())
+        args = arguments(
+            folder,
+            max_steps=len(sequences) // 4,
+            per_device_train_batch_size=1,
+            gradient_accumulation_steps=2,
+            per_device_eval_batch_size=2,
+            average_tokens_across_devices="groups" not in given,
+            ddp_backend="gloo",
+        )
+        kind = ShardedOnCPU if how == "FSDP2" else DistillationTrainer
+        trainer = kind(
+            student,
+            args,
+            teacher_model=teacher,
+            train_dataset=sequences,
+            eval_dataset=dataset(7),  # the last batch is filled up
+        )
+        trainer.train()
+        result = {
+            "wrapper": type(trainer.model_wrapped).__name__,
+            "logs": logs_of_training(trainer),
+            "metrics": trainer.evaluate(),
+            "parameters": {name: whole(p) for name, p in student.named_parameters()},
+        }
+        torch.save(result, f"{folder}/{how}, {rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_processes(tmp_path):
+    """Parameters, logs and evaluation are those of one process with the batches of both."""
+    pytest.importorskip("peft")
+    torch.multiprocessing.spawn(  # type: ignore[attr-defined]
+        train_in_parallel, (str(tmp_path),), nprocs=2
+    )
+    for how, given in PARALLEL.items():
+        student, teacher = parallel_models(how)
+        steps = len(given.get("sequences", dataset())) // 4
+        options = {name: given[name] for name in given if name != "model_type"}
+        history = train_plainly(student, teacher, steps, **options)
+        student.eval()
+        with torch.no_grad():
+            loss, stats = loss_of_logits(student, teacher, batch(dataset(7)), return_stats=True)
+        valid = (batch(dataset(7))["labels"][:, 1:] != -100).sum()
+        for rank in range(2):
+            found = torch.load(tmp_path / f"{how}, {rank}.pt")
+            assert found["wrapper"].startswith("FSDP" if how == "FSDP2" else "DistributedData")
+            for name, p in student.named_parameters():
+                torch.testing.assert_close(
+                    found["parameters"][name], p.detach(), rtol=0.0, atol=1e-5, msg=f"{how} {name}"
+                )
+            for logs, step in zip(found["logs"], history, strict=True):
+                assert logs["loss"] == pytest.approx(step["loss"], rel=1e-4), how
+                for name in STATISTICS:
+                    mean = step["tokens"][name].mean().item()
+                    assert logs[name] == pytest.approx(mean, rel=1e-4), (how, name)
+            metrics = found["metrics"]
+            assert metrics["eval_loss"] == pytest.approx(loss.item(), rel=1e-4), how
+            for name in STATISTICS:
+                mean = (getattr(stats, name).sum() / valid).item()
+                assert metrics[f"eval_{name}"] == pytest.approx(mean, rel=1e-4), (how, name)
 
 
 # ---- bad input
