@@ -233,16 +233,21 @@ def row_gradient(
             label_rate, a, b, keep_p, keep_q, TERMS, HYBRID, MOMENTS, HAS_LABELS, UNTEMPERED,
         )  # fmt: skip
         tl.debug_barrier()  # ds may be s: nobody writes before this is read
-    # No load passes a store, as ds may be s: all of a turn stand before the first of its stores.
-    turns = (full_end - 1) // UNROLL
+    # No load passes a store, as ds may be s: all of a turn stand before the first of its stores. In
+    # fp32 half as many blocks fill as many registers.
+    WIDEST: tl.constexpr = max(
+        t_row.dtype.element_ty.primitive_bitwidth, s_row.dtype.element_ty.primitive_bitwidth
+    )
+    TURN: tl.constexpr = UNROLL if WIDEST == 16 else UNROLL // 2
+    turns = (full_end - 1) // TURN
     for turn in tl.range(0, turns):
-        begin = 1 + turn * UNROLL
+        begin = 1 + turn * TURN
         logits = ()
-        for i in tl.static_range(UNROLL):
+        for i in tl.static_range(TURN):
             t = load_full(t_row, begin + i, True, BLOCK, DONE)
             s = load_full(s_row, begin + i, S_ALIGNED, BLOCK, DONE)
             logits = logits + ((t, s),)
-        for i in tl.static_range(UNROLL):
+        for i in tl.static_range(TURN):
             t, s = logits[i]
             ds = _full_gradient(
                 t, s, scale_t, gain_t, scale_s, gain_s, scale_1, lse_t, lse_s, lse_1,
@@ -251,7 +256,7 @@ def row_gradient(
             ).to(ds_row.dtype.element_ty)  # fmt: skip
             pointers = block_pointers(ds_row, begin + i, DS_ALIGNED, BLOCK)
             tl.store(pointers, ds, eviction_policy=DONE)
-    for block in range(1 + turns * UNROLL, full_end):
+    for block in range(1 + turns * TURN, full_end):
         t = load_full(t_row, block, True, BLOCK, DONE)
         s = load_full(s_row, block, S_ALIGNED, BLOCK, DONE)
         ds = _full_gradient(
