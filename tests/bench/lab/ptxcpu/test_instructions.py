@@ -41,6 +41,7 @@ def run(ptx: str, out: torch.Tensor) -> dict[str, Any]:
     "instruction",
     [
         "add.rz.f32 %f1, %f2, %f3;",
+        "mul.f32.bf16 %f1, %h2, %f3;",
         "add.sat.s32 %r1, %r2, %r3;",
         "fma.rn.relu.f16x2 %r1, %r2, %r3, %r4;",
         "max.xorsign.abs.f32 %f1, %f2, %f3;",

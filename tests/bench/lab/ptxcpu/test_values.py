@@ -304,6 +304,12 @@ def compared(name: str) -> Callable[[float, float, float, float], float]:
     )
 
 
+def low(x: float, dtype: torch.dtype) -> float:
+    """The 16-bit float in the lower half of an fp32's bits."""
+    half = torch.tensor([_signed(bits(x), 16)], dtype=torch.int16)
+    return half.view(dtype).float().item()
+
+
 # The instruction, what it computes, and by how much it may be off, relatively.
 Floats = tuple[str, Callable[[float, float, float, float], float], float]
 ARITHMETIC: tuple[Floats, ...] = (
@@ -330,6 +336,23 @@ ARITHMETIC: tuple[Floats, ...] = (
     (
         "mad.rn.f32 %f9, %f1, %f2, %f3;",
         lambda a, b, c, d: rounded(lambda x, y, z: x * y + z)(a, b, c),
+        1e-7,
+    ),
+    (
+        "add.rn.f32.bf16 %f9, %h1, %f2;",
+        lambda a, b, c, d: rounded(torch.add)(low(a, torch.bfloat16), b),
+        0.0,
+    ),
+    (
+        "sub.rn.f32.f16 %f9, %h1, %f2;",
+        lambda a, b, c, d: rounded(torch.sub)(low(a, torch.float16), b),
+        0.0,
+    ),
+    (
+        "fma.rn.f32.bf16 %f9, %h1, %h2, %f3;",
+        lambda a, b, c, d: rounded(lambda x, y, z: x * y + z)(
+            low(a, torch.bfloat16), low(b, torch.bfloat16), c
+        ),
         1e-7,
     ),
     ("div.rn.f32 %f9, %f1, %f2;", lambda a, b, c, d: rounded(torch.div)(a, b), 0.0),
