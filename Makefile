@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 INSTALL := install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test oldest lint types wheel wheel-check clean
+.PHONY: demo test oldest newest lint types wheel wheel-check clean
 
 demo: $(READY)
 	$(BIN)/akl-triton demo
@@ -20,15 +20,17 @@ test: $(READY)
 	$(BIN)/python -m pytest -n $(JOBS)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(JOBS) tests/kernels tests/test_family.py
 
-# Tests of the code that Triton 3.6 makes of the kernels, stage by stage and whole. It is the oldest
-# version that pyproject.toml allows, and that of bench/gpu.sh.
-oldest: export OMP_NUM_THREADS = 1
-oldest: $(READY)
+# Tests of the code that another Triton makes of the kernels, stage by stage and whole: the oldest
+# version that pyproject.toml allows, which is also that of bench/gpu.sh, and the newest there is.
+oldest: TRITON := 3.6.0
+newest: TRITON := 3.9.0
+oldest newest: export OMP_NUM_THREADS = 1
+oldest newest: $(READY)
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade \
-		--target build/oldest triton==3.6.0
-	PYTHONPATH=build/oldest $(BIN)/python -c \
-		"import triton; assert triton.__version__ == '3.6.0', triton.__version__"
-	PYTHONPATH=build/oldest $(BIN)/python -m pytest -n $(JOBS) \
+		--target build/$@ triton==$(TRITON)
+	PYTHONPATH=build/$@ $(BIN)/python -c \
+		"import triton; assert triton.__version__ == '$(TRITON)', triton.__version__"
+	PYTHONPATH=build/$@ $(BIN)/python -m pytest -n $(JOBS) \
 		tests/kernels/test_stages.py tests/kernels/test_compiled.py
 
 lint: $(READY)

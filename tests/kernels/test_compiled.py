@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+import triton
 from torch import Tensor
 
 from akl_triton import forward_kl
