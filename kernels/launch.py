@@ -272,6 +272,7 @@ def _options(launch: Launch) -> dict:
     options = {"BLOCK": launch.BLOCK}
     if not triton.knobs.runtime.interpret:
         target = driver.active.get_current_target()
+        options["enable_fp_fusion"] = True  # Triton's default, but no longer from 3.10 on
         options["num_warps"] = max(launch.threads // target.warp_size, 1)
         if target.backend == "cuda":
             options["maxnreg"] = launch.registers
