@@ -146,6 +146,12 @@ def test_full_blocks_move_16_bytes_without_barriers(target: str, v: int) -> None
             assert set(full.global_stores) == {16}
 
 
+def test_multiply_adds_are_fused_whatever_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton.knobs.language, "default_fp_fusion", False)
+    for recorded in (in_one("sm_90"), *separate("sm_90", None)):
+        assert recorded.compiled.metadata.enable_fp_fusion, recorded.name
+
+
 @pytest.mark.parametrize("sizes", [(32_000, 65_536, 49_152), (128_256, 262_144, 151_936)])
 def test_one_compilation_serves_all_sizes(sizes: tuple[int, ...]) -> None:
     """N, V, mu and T are run-time values: only the alignment class of the rows, and a launch that
