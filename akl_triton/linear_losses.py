@@ -85,6 +85,13 @@ def linear_distillation_loss(
     product, which waits for the device and cannot be captured in a CUDA graph
     (docs/cuda_graphs.md).
 
+    Where the call is right as it stands:
+        in one process, with a plain lm_head whose softcap and scale, if any, are passed, and with
+        ``num_items`` where gradients are accumulated. Outside of the model's forward,
+        DistributedDataParallel reduces no gradient of the lm_head, and an adapter on it is not
+        seen: `akl_triton.integrations.distillation_loss_of_models` computes the loss in the place
+        of the lm_head, within the forward.
+
     Sharded parameters:
         FSDP2 and ZeRO-3 hold parts of the weight, which are refused. Call the loss in the
         ``forward`` of the module that owns the lm_head, and let that module gather it:
