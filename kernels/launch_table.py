@@ -18,33 +18,30 @@ class Launch(NamedTuple):
 
 # Up to this V, two row pairs an SM of an A100, H100, B200 or RTX 4090 stay in its L2 between their
 # sweeps (`python -m bench l2`). Of longer rows only one does: kernels with several sweeps then have
-# one block an SM, of 512 threads.
+# one block an SM, of 512 threads, each of which may have 128 registers.
 LARGEST_OF_TWO = 65_536
-ONE_ROW = Launch(4096, 512, 128)
 
 
-def _by_vocabulary(
-    registers: int, longest: Launch | None = None
-) -> tuple[tuple[float, Launch], ...]:
+def _by_vocabulary(registers: int, of_long_rows: int) -> tuple[tuple[float, Launch], ...]:
     """(largest V, launch): 8 columns a thread, so that its share of bf16 is one 16-byte access."""
-    usual = Launch(2048, 256, registers)
     return (
         (256, Launch(256, 32, registers)),
         (1024, Launch(1024, 128, registers)),
-        (LARGEST_OF_TWO, usual),
-        (float("inf"), longest or usual),
+        (LARGEST_OF_TWO, Launch(2048, 256, registers)),
+        (float("inf"), Launch(4096, 512, of_long_rows)),
     )
 
 
 # The limits on registers leave room for 2, 3, 3, 4, 4, 4 blocks of 256 threads an SM. By itself,
-# ptxas takes 170 and one block, or spills some to reach more blocks than are asked for.
+# ptxas takes 170 and one block, or spills some to reach more blocks than are asked for. A gradient
+# has the block of its forward: a narrower one knows too little of what that found.
 TABLE = {
-    "head or statistics": _by_vocabulary(128, ONE_ROW),
-    "fixed weight": _by_vocabulary(80, ONE_ROW),
-    "terms": _by_vocabulary(80, ONE_ROW),
-    "gradient": _by_vocabulary(56),
-    "gradient with a softcap": _by_vocabulary(64),
-    "gradient of terms": _by_vocabulary(56),
+    "head or statistics": _by_vocabulary(128, 128),
+    "fixed weight": _by_vocabulary(80, 128),
+    "terms": _by_vocabulary(80, 128),
+    "gradient": _by_vocabulary(56, 56),
+    "gradient with a softcap": _by_vocabulary(64, 64),
+    "gradient of terms": _by_vocabulary(56, 56),
 }
 
 
@@ -57,9 +54,7 @@ def candidates(kernel: str) -> tuple[Launch, ...]:
     """The launches that are worth timing: 4 or 8 columns a thread, as more would not fit into the
     registers, and fewer leave loads of less than 8 bytes in bf16."""
     registers = launch_for(kernel, 2048).registers
-    tried = [
-        Launch(*shape, registers) for shape in ((1024, 128), (1024, 256), (2048, 256), (2048, 512))
-    ]
-    if kernel == "gradient":
-        return (*tried, Launch(2048, 256, 48), Launch(2048, 256, 40), Launch(4096, 512, registers))
-    return (*tried, ONE_ROW)
+    shapes = ((1024, 128), (1024, 256), (2048, 256), (2048, 512))
+    fewer = (Launch(2048, 256, 48), Launch(2048, 256, 40)) if kernel == "gradient" else ()
+    longest = launch_for(kernel, LARGEST_OF_TWO + 1)
+    return (*(Launch(*shape, registers) for shape in shapes), *fewer, longest)

@@ -224,7 +224,11 @@ def launched_with(launch: Launch | None, phase: str) -> Iterator[None]:
     from akl_triton.kernels import launch as launchers
 
     def chosen(kernel: str, vocabulary: int) -> Launch:
-        return launch if kernel == DECIDES[phase] else launch_for(kernel, vocabulary)
+        if kernel == DECIDES[phase]:
+            return launch
+        # The same shape, as a gradient's block should be no narrower than its forward's.
+        of_table = launch_for(kernel, vocabulary)
+        return of_table._replace(BLOCK=launch.BLOCK, threads=launch.threads)
 
     with mock.patch.object(launchers, "launch_for", chosen):
         yield
