@@ -6,7 +6,8 @@ theirs has imported them.
 
 `distillation_loss_of_models` is the loss of two causal language models, computed in the place of
 the student's lm_head; `describe_model` and `in_place_of_head` are what it is made of. The
-Trainer with that loss is in `akl_triton.integrations.transformers`, which does import transformers.
+Trainer with that loss is in `akl_triton.integrations.transformers`, which does import transformers,
+and those of TRL are in `akl_triton.integrations.trl`.
 """
 
 from .heads import HeadInfo, describe_model, in_place_of_head

@@ -70,8 +70,8 @@ class GKDTrainer(_GKD):
     TRL's, and draw the same tokens from the same seed. Two things differ, both in the number of
     tokens that TRL divides by. It counts those of the dataset, also where it has sampled others;
     here all micro-batches of a step are sampled before the first of them is trained on, and the
-    tokens that are trained on are counted. With P processes its gradient is that of the mean
-    divided by P, which is multiplied here.
+    tokens that are trained on are counted. With P processes TRL's gradient is 1/P of that of the
+    mean; here it is that of the mean. TRL's constructor refuses PEFT on the lm_head.
 
     Args:
         divergence: a member of the family, or its name, such as "adaptive_kl"; by default that of
@@ -172,8 +172,9 @@ class DistillationTrainer(_Distillation):
         temperature divides the logits of both sides, and D is not multiplied by its square.
 
     Prompts, tools, sampling and the logs are TRL's; the entropy in them is the student's, at that
-    temperature. TRL calls the body of the model and reads ``lm_head.weight``, and so refuses PEFT
-    on the lm_head in its constructor; `GKDTrainer` does not.
+    temperature. TRL counts the tokens right. With ``bf16=True`` both models run in autocast, as in
+    any other Trainer; TRL's run in the dtype of their weights. Its constructor refuses PEFT on the
+    lm_head.
 
     Args:
         divergence: a member of the family, or its name, such as "adaptive_kl"; by default that of
@@ -224,7 +225,8 @@ def patch_trl(divergence: Divergence | str | None = None) -> Iterator[None]:
 
     Math:
         As TRL's, which is ``1/n sum_i D_i`` with the n that TRL has counted: see `GKDTrainer` for
-        D, and for where that n is not the number of tokens.
+        D, and for where that n is not the number of tokens. Only with ``bf16=True`` and weights
+        in fp32 is the loss of TRL's `DistillationTrainer` another: see `DistillationTrainer`.
 
     Within the context, also Trainers that were made before it have the loss, and those classes of
     TRL that inherit it; `GKDTrainer` and `DistillationTrainer` of this module keep their own.

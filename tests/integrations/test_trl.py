@@ -6,6 +6,7 @@ import contextlib
 import copy
 import doctest
 import importlib
+import os
 import sys
 import types
 from collections.abc import Iterable
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from akl_triton import distillation_loss
@@ -23,6 +25,7 @@ import transformers
 import trl
 from tokenizers import Tokenizer, models, pre_tokenizers
 from trl.experimental import gkd
+from trl.models.utils import unwrap_model_for_generation
 
 from akl_triton.integrations import distillation_loss_of_models
 from akl_triton.integrations import trl as ours
@@ -335,6 +338,23 @@ def test_patched_gkd_on_policy(tmp_path, calls):
     assert_same_parameters(trainer.model, theirs.model)
 
 
+def test_the_model_samples_as_the_trainer_says(tmp_path, monkeypatch):
+    """Before transformers 5 its own generation_config has a say, unless TRL is told what to do."""
+    seen: list[Any] = []
+
+    def recorded(model: Any, accelerator: Any, **given: Any) -> Any:
+        seen.append((model, given["generation_kwargs"]))
+        return unwrap_model_for_generation(model, accelerator, **given)
+
+    monkeypatch.setattr(ours, "unwrap_model_for_generation", recorded)
+    trainer = trainer_of(ours.GKDTrainer, gkd_arguments(tmp_path, lmbda=1.0))
+    batches = iter(trainer.get_train_dataloader())
+    for trainer.lmbda, trainer.seq_kd in ((1.0, False), (0.0, True), (0.0, False)):
+        trainer.get_batch_samples(batches, 1, torch.device("cpu"))
+    models = [trainer.model_wrapped, trainer.teacher_model]
+    assert seen == [(model, trainer.generation_kwargs) for model in models]
+
+
 @WAYS
 @SIZES
 @pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
@@ -350,6 +370,26 @@ def test_distillation_trains_as_theirs(tmp_path, calls, beta, size, way):
     torch.testing.assert_close(seen.losses, their_seen.losses, rtol=0.0, atol=1e-5)
     for name in ("loss", "entropy"):
         assert logged(trainer, name) == pytest.approx(logged(theirs, name), abs=1e-4), name
+
+
+def test_distillation_in_bf16(tmp_path):
+    """TRL calls the bodies of the models beside the autocast of their forward."""
+    losses = []
+    for kind in (trl.DistillationTrainer, ours.DistillationTrainer):
+        _, seen = trained(kind, on_policy_arguments(tmp_path, max_steps=1, beta=0.3, bf16=True))
+        losses.append(seen.losses[0])
+    student, teacher = student_and_teacher()
+    ids, mask, labels = tokens_of(seen.batches[0])
+    for loss, enabled in zip(losses, (False, True), strict=True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled), torch.no_grad():
+            logits, teacher_logits = (
+                model.eval()(input_ids=ids, attention_mask=mask).logits.float()
+                for model in (student, teacher)
+            )
+        expected = sum_of_theirs(0.3)(logits, teacher_logits, labels)
+        torch.testing.assert_close(
+            loss, expected / (labels[:, 1:] != -100).sum(), rtol=0.0, atol=1e-6
+        )
 
 
 def test_distillation_evaluates_as_theirs(tmp_path):
@@ -452,7 +492,32 @@ def test_a_version_without_these_trainers_is_refused(monkeypatch):
         importlib.import_module(ours.__name__)
 
 
-# ---- the batches
+# ---- processes and batches
+
+
+def train_in_parallel(rank: int, folder: str) -> None:
+    """Two of the four sequences of a step on each process."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
+    options = {"beta": 0.3, "ddp_backend": "gloo"}
+    for kind, args in (
+        (ours.GKDTrainer, gkd_arguments(folder, 1, **options)),
+        (ours.DistillationTrainer, on_policy_arguments(folder, 1, **options)),
+    ):
+        args.gradient_accumulation_steps = 2
+        trainer, seen = trained(kind, args)
+        batches: list[Any] = [None, None]
+        dist.all_gather_object(batches, seen.batches)
+        seen.batches = [x for of_both in zip(*batches, strict=True) for x in of_both]
+        student = trainer.accelerator.unwrap_model(trainer.model)
+        assert_same_parameters(student, plainly(seen, sum_of_theirs(0.3)))
+
+
+def test_two_processes(tmp_path):
+    torch.multiprocessing.spawn(  # type: ignore[attr-defined]
+        train_in_parallel, (str(tmp_path),), nprocs=2
+    )
 
 
 def test_the_count_is_of_all_processes(tmp_path, monkeypatch):
@@ -498,6 +563,8 @@ def test_tools_and_images(tmp_path):
     loss, outputs = trainer.compute_loss(student, inputs, return_outputs=True)
     torch.testing.assert_close(loss, expected / 11)
     assert outputs is None
+    loss = trainer.compute_loss(student.eval(), inputs)  # the mean over its own tokens
+    torch.testing.assert_close(loss, expected / 6)
 
 
 def test_examples_of_the_docstrings():
