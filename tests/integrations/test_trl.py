@@ -343,16 +343,21 @@ def test_the_model_samples_as_the_trainer_says(tmp_path, monkeypatch):
     seen: list[Any] = []
 
     def recorded(model: Any, accelerator: Any, **given: Any) -> Any:
-        seen.append((model, given["generation_kwargs"]))
+        seen.append((model, given))
         return unwrap_model_for_generation(model, accelerator, **given)
 
     monkeypatch.setattr(ours, "unwrap_model_for_generation", recorded)
-    trainer = trainer_of(ours.GKDTrainer, gkd_arguments(tmp_path, lmbda=1.0))
+    args = gkd_arguments(tmp_path, gradient_checkpointing_kwargs={"use_reentrant": False})
+    trainer = trainer_of(ours.GKDTrainer, args)
     batches = iter(trainer.get_train_dataloader())
     for trainer.lmbda, trainer.seq_kd in ((1.0, False), (0.0, True), (0.0, False)):
         trainer.get_batch_samples(batches, 1, torch.device("cpu"))
-    models = [trainer.model_wrapped, trainer.teacher_model]
-    assert seen == [(model, trainer.generation_kwargs) for model in models]
+    of_both = {"generation_kwargs": trainer.generation_kwargs}
+    of_student = {"gradient_checkpointing_kwargs": {"use_reentrant": False}}
+    assert seen == [
+        (trainer.model_wrapped, {**of_both, **of_student}),
+        (trainer.teacher_model, of_both),
+    ]
 
 
 @WAYS
@@ -501,14 +506,18 @@ def train_in_parallel(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
     options = {"beta": 0.3, "ddp_backend": "gloo"}
+    batches: list[Any]
+    entropies: list[Any]
     for kind, args in (
         (ours.GKDTrainer, gkd_arguments(folder, 1, **options)),
         (ours.DistillationTrainer, on_policy_arguments(folder, 1, **options)),
     ):
         args.gradient_accumulation_steps = 2
         trainer, seen = trained(kind, args)
-        batches: list[Any] = [None, None]
+        batches, entropies = [None, None], [None, None]
         dist.all_gather_object(batches, seen.batches)
+        dist.all_gather_object(entropies, logged(trainer, "entropy"))
+        assert entropies[0] == entropies[1]
         seen.batches = [x for of_both in zip(*batches, strict=True) for x in of_both]
         student = trainer.accelerator.unwrap_model(trainer.model)
         assert_same_parameters(student, plainly(seen, sum_of_theirs(0.3)))
