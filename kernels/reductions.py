@@ -7,7 +7,7 @@ are joined to one tensor share them, and are added in the same order as alone.
 import triton
 import triton.language as tl
 
-# More at once would hold registers for longer than their barriers cost.
+# Nine would be filled up to 16.
 MOST = tl.constexpr(8)
 
 

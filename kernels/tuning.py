@@ -28,8 +28,7 @@ def tuned_launch(
     kernel: str,  # its name in the launch table
     run: Callable[[int, Launch], None],  # launch the kernel over the first of the rows
     rows: int,
-    overwritten: torch.Tensor
-    | None,  # [outer, inner, V]: the logits, if the kernel overwrites them
+    overwritten: torch.Tensor | None,  # [outer, inner, V] logits, if the kernel writes over them
     *key: object,  # what the time depends on
 ) -> Launch:
     """The fastest of the kernel's candidates."""
