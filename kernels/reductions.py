@@ -7,6 +7,9 @@ are joined to one tensor share them, and are added in the same order as alone.
 import triton
 import triton.language as tl
 
+# NumPy, by which Triton's interpreter computes, adds the elements of a joined tensor in turn, and
+# those of any other by pairs, which loses less: there each is reduced alone.
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 # Nine would be filled up to 16.
 MOST = tl.constexpr(8)
 
@@ -29,9 +32,10 @@ def _reduced(values, REDUCTION: tl.constexpr):
     for i in tl.static_range(len(values)):
         if values[i] is not None:
             given = given + (values[i],)
+    at_once: tl.constexpr = 1 if INTERPRETED else MOST
     results = ()
-    for begin in tl.static_range(0, len(given), MOST):
-        results = results + _at_once(given[begin : begin + MOST], REDUCTION)
+    for begin in tl.static_range(0, len(given), at_once):
+        results = results + _at_once(given[begin : begin + at_once], REDUCTION)
     in_order = ()
     used = ()
     for i in tl.static_range(len(values)):

@@ -123,11 +123,13 @@ def test_extras_bring_what_the_commands_import() -> None:
     for requirement in requires("akl-triton") or []:
         name, _, marker = requirement.partition(";")
         if extra := re.search(r"extra == ['\"](\w+)['\"]", marker):
-            distribution = re.match(r"[\w.-]+(\[\w+\])?", name)
+            distribution = re.match(r"([\w.-]+)(?:\[([\w,]+)\])?", name)
             assert distribution
-            extras.setdefault(extra[1], set()).add(distribution[0].lower().replace("-", "_"))
+            names = extras.setdefault(extra[1], set())
+            names.add(distribution[1].lower().replace("-", "_"))
+            names |= {f"[{other}]" for other in (distribution[2] or "").split(",") if other}
     for names in extras.values():
-        if "akl_triton[cli]" in names:
-            names |= extras["cli"]
+        for other in [name[1:-1] for name in names if name[0] == "["]:
+            names |= extras[other]
     for extra_name, modules in REQUIRES.values():
         assert set(modules) <= extras.get(extra_name, set())

@@ -150,4 +150,5 @@ def test_the_steps_of_contributing_are_all_there_are() -> None:
         pattern = re.compile(rf"\bdef _?{name}\b|\bclass {kind.__name__}\b|\b{kind.__name__},")
         found = {path for path, source in sources.items() if pattern.search(source)}
         found -= {"akl_triton/losses.py", "akl_triton/linear_losses.py"}  # short names
+        found -= {"akl_triton/integrations/trl.py"}  # what TRL's own numbers mean
         assert found == set(files) - {"tests/support/cases.py"}, name
