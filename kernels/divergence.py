@@ -17,7 +17,7 @@ import triton.language as tl
 
 from .arithmetic import next_above, scaled
 from .blocks import UNROLL, edge_block, edge_count, load_edge, load_full, row_base
-from .reductions import sums
+from .reductions import wanted_sums
 from .statistics import normalisers
 from .terms import careful_terms, log_ratio
 
@@ -141,19 +141,13 @@ def row_divergence(
                 accumulators, t, p, q, ratio, crossing, least, x, g, u,
                 HAS_HEAD, STABLE, STATS, TERMS, MOMENTS,
             )  # fmt: skip
-        gap, head, ties, head_count, tie_count, sum_x, sum_g, sum_squares = accumulators
-        gap, g_head, g_ties, size, ties, total_x, total_g, total_squares = sums(
+        gap, g_head, g_ties, size, ties, total_x, total_g, total_squares = wanted_sums(
+            accumulators,
             (
-                gap if HAS_HEAD or STATS else None,
-                head if HAS_HEAD else None,
-                ties if HAS_HEAD and not STABLE else None,
-                head_count if HAS_HEAD and STATS else None,
-                tie_count if HAS_HEAD and not STABLE else None,
-                sum_x if TERMS is not None else None,
-                sum_g if TERMS is not None else None,
-                sum_squares if MOMENTS else None,
-            )
-        )
+                HAS_HEAD or STATS, HAS_HEAD, HAS_HEAD and not STABLE, HAS_HEAD and STATS,
+                HAS_HEAD and not STABLE, TERMS is not None, TERMS is not None, MOMENTS,
+            ),
+        )  # fmt: skip
         sweeps -= 1
         size_of_sums = tl.abs(total_x) + tl.abs(total_g) + tl.abs(total_squares)
         if TERMS is None or size_of_sums < (float("inf") if MOMENTS else LARGEST_SUM):

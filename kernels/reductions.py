@@ -16,7 +16,7 @@ MOST = tl.constexpr(8)
 
 @triton.jit
 def sums(values):
-    """The sum of each [BLOCK] tensor of a tuple; 0 in the place of None."""
+    """The sum of each [BLOCK] tensor of a tuple."""
     return _reduced(values, tl.sum)
 
 
@@ -27,24 +27,47 @@ def maxima(values):
 
 
 @triton.jit
-def _reduced(values, REDUCTION: tl.constexpr):
-    given = ()
+def wanted_sums(values, wanted):
+    """Likewise, but 0 where `wanted`, a tuple of constants, is False."""
+    return _in_place_of(_wanted(values, wanted), wanted, tl.sum)
+
+
+@triton.jit
+def wanted_maxima(values, wanted):
+    """Likewise, but 0 where `wanted`, a tuple of constants, is False."""
+    return _in_place_of(_wanted(values, wanted), wanted, tl.max)
+
+
+@triton.jit
+def _wanted(values, wanted):
+    chosen = ()
     for i in tl.static_range(len(values)):
-        if values[i] is not None:
-            given = given + (values[i],)
-    at_once: tl.constexpr = 1 if INTERPRETED else MOST
-    results = ()
-    for begin in tl.static_range(0, len(given), at_once):
-        results = results + _at_once(given[begin : begin + at_once], REDUCTION)
+        if wanted[i]:
+            chosen = chosen + (values[i],)
+    return chosen
+
+
+@triton.jit
+def _in_place_of(chosen, wanted, REDUCTION: tl.constexpr):
+    results = _reduced(chosen, REDUCTION)
     in_order = ()
     used = ()
-    for i in tl.static_range(len(values)):
-        if values[i] is None:
-            in_order = in_order + (0.0,)
-        else:
+    for i in tl.static_range(len(wanted)):
+        if wanted[i]:
             in_order = in_order + (results[len(used)],)
-            used = used + (i,)
+            used = used + (0,)
+        else:
+            in_order = in_order + (0.0,)
     return in_order
+
+
+@triton.jit
+def _reduced(values, REDUCTION: tl.constexpr):
+    at_once: tl.constexpr = 1 if INTERPRETED else MOST
+    results = ()
+    for begin in tl.static_range(0, len(values), at_once):
+        results = results + _at_once(values[begin : begin + at_once], REDUCTION)
+    return results
 
 
 @triton.jit

@@ -38,7 +38,7 @@ from .blocks import (
     row_base,
     row_max,
 )
-from .reductions import maxima, sums
+from .reductions import maxima, wanted_maxima, wanted_sums
 
 # Rows whose sum of exponentials exceeds this are summed again from their true maximum: it keeps the
 # arguments of exp2 below 20 + log2(V), where their rounding is harmless, and far from overflow.
@@ -180,28 +180,20 @@ def row_statistics(
                 sum_log_s += e_s * tl.maximum(x_s, LOWEST)
                 tops = tl.maximum(tops, s)
                 both = tl.maximum(both, t + s)
-        z_t, z_s, lost_t, lost_s, forward, reverse, log_t, log_s, z_1 = sums(
+        z_t, z_s, lost_t, lost_s, forward, reverse, log_t, log_s, z_1 = wanted_sums(
             (
-                sum_t,
-                sum_s,
-                sum_lost_t if FORWARD or REVERSE else None,
-                sum_lost_s if FORWARD or REVERSE else None,
-                sum_forward if FORWARD else None,
-                sum_reverse if REVERSE else None,
-                sum_log_t if ENTROPY or STATS else None,
-                sum_log_s if STATS else None,
-                sum_1 if UNTEMPERED else None,
-            )
-        )
+                sum_t, sum_s, sum_lost_t, sum_lost_s, sum_forward, sum_reverse,
+                sum_log_t, sum_log_s, sum_1,
+            ),
+            (
+                True, True, FORWARD or REVERSE, FORWARD or REVERSE, FORWARD, REVERSE,
+                ENTROPY or STATS, STATS, UNTEMPERED,
+            ),
+        )  # fmt: skip
         if SLOTS:
             masses = tl.exp2(scaled(slots, scale_t, gain_t, reference_t, base_t))
-            top, hidden, top_s, top_both = maxima(
-                (
-                    slots,
-                    sum_t * SUM_SLACK - masses,
-                    tops if STATS else None,
-                    both if STATS else None,
-                )
+            top, hidden, top_s, top_both = wanted_maxima(
+                (slots, sum_t * SUM_SLACK - masses, tops, both), (True, True, STATS, STATS)
             )
         fits = (z_t < SUM_LIMIT) & (z_s < SUM_LIMIT) & (z_1 < SUM_LIMIT)  # false for NaN
         known = tl.abs(forward) + tl.abs(reverse) < float("inf")

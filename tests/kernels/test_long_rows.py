@@ -16,7 +16,6 @@ from tests.kernels.rows import KINDS, make_rows
 pytestmark = pytest.mark.skipif(MODE == "interpreter", reason="it would take minutes")
 
 V = LARGEST_OF_TWO + 9_004  # a turn of each loop, blocks that fill none, and a part of one
-SOME = [KINDS.index(kind) for kind in ("zipf", "ties", "flat", "late maximum")]
 
 
 def test_the_launch_is_another() -> None:
@@ -26,9 +25,10 @@ def test_the_launch_is_another() -> None:
 @pytest.mark.parametrize("divergence", [AdaptiveKL(), ForwardKL(), JensenShannon()], ids=str)
 def test_long_rows(divergence: Divergence, device: torch.device) -> None:
     """In one launch and in two, right and, where warps can be made to wait, without a race."""
-    student, teacher = (x[SOME] for x in make_rows(V, V, torch.bfloat16, torch.bfloat16))
+    some = [KINDS.index(kind) for kind in ("zipf", "ties", "flat", "late maximum")]
+    student, teacher = (x[some] for x in make_rows(V, V, torch.bfloat16, torch.bfloat16))
     of = exact(divergence, student, teacher)
-    upstream = torch.linspace(-1.0, 2.0, len(SOME))
+    upstream = torch.linspace(-1.0, 2.0, len(some))
 
     def results(inplace: bool) -> tuple[torch.Tensor, torch.Tensor]:
         leaf = student.to(device).requires_grad_()
