@@ -19,7 +19,7 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
 
-from akl_triton.cli import demo, main  # noqa: E402
+from akl_triton.cli import demo, main, smollm2  # noqa: E402
 
 VOCABULARY = 128
 
@@ -31,7 +31,7 @@ def teacher() -> Any:
         vocab_size=VOCABULARY,
         hidden_size=32,
         intermediate_size=64,
-        num_hidden_layers=demo.FIRST + demo.LAST + 3,
+        num_hidden_layers=smollm2.FIRST + smollm2.LAST + 3,
         num_attention_heads=2,
         initializer_range=0.3,
         tie_word_embeddings=True,
@@ -40,8 +40,8 @@ def teacher() -> Any:
     return transformers.LlamaForCausalLM(config).eval().requires_grad_(False)
 
 
-def tokenize(text: str) -> list[int]:
-    return [ord(character) % VOCABULARY for character in text]
+def tokenize(text: str) -> dict[str, list[int]]:
+    return {"input_ids": [ord(character) % VOCABULARY for character in text]}
 
 
 def random_ids(sequences: int) -> Tensor:
@@ -81,7 +81,7 @@ def test_every_loss_teaches(teacher: Any) -> None:
     """Each student ends nearer to the teacher by its own loss; the lm_head and the teacher do not
     change."""
     ids = random_ids(2)
-    student = demo.shallow_copy(teacher)
+    student = smollm2.shallow_copy(teacher)
     students = {name: copy.deepcopy(student) for name in demo.DIVERGENCES}
     before = {name: parameter.clone() for name, parameter in teacher.named_parameters()}
     exam = [(ids, teacher(ids).logits)]
@@ -106,7 +106,7 @@ def test_the_fused_path_is_the_other_one_with_less_memory(
 ) -> None:
     ids = random_ids(8)
     monkeypatch.setattr(demo, "CHUNK_BYTES", 2**14)
-    student = demo.shallow_copy(teacher)
+    student = smollm2.shallow_copy(teacher)
     with torch.no_grad():
         hidden, of_teacher = (model.model(ids).last_hidden_state for model in (student, teacher))
     hidden.requires_grad_()
@@ -125,7 +125,7 @@ def test_the_fused_path_is_the_other_one_with_less_memory(
 
 def test_evaluate_is_the_mean_of_the_oracle(teacher: Any) -> None:
     ids = random_ids(3)
-    student = demo.shallow_copy(teacher)
+    student = smollm2.shallow_copy(teacher)
     exam = [(part, teacher(part).logits) for part in torch.split(ids, 2)]
     point = demo.evaluate(7, "AKL", student, exam, torch.float32)
 
@@ -140,8 +140,8 @@ def test_evaluate_is_the_mean_of_the_oracle(teacher: Any) -> None:
 
 
 def test_the_student_is_the_teacher_without_its_middle(teacher: Any) -> None:
-    student = demo.shallow_copy(teacher)
-    kept = [*range(demo.FIRST), *range(-demo.LAST, 0)]
+    student = smollm2.shallow_copy(teacher)
+    kept = [*range(smollm2.FIRST), *range(-smollm2.LAST, 0)]
     assert student.config.num_hidden_layers == len(student.model.layers) == len(kept)
     assert teacher.config.num_hidden_layers == len(teacher.model.layers) == len(kept) + 3
     for mine, i in zip(student.model.layers, kept, strict=True):
@@ -149,9 +149,18 @@ def test_the_student_is_the_teacher_without_its_middle(teacher: Any) -> None:
         assert all(torch.equal(tensor, theirs[name]) for name, tensor in mine.state_dict().items())
 
 
+def test_the_student_generates_with_its_cache_what_it_does_without(teacher: Any) -> None:
+    student = smollm2.shallow_copy(teacher).eval()
+    cached, plain = (
+        student.generate(random_ids(1), max_new_tokens=8, do_sample=False, use_cache=use_cache)
+        for use_cache in (True, False)
+    )
+    assert cached.tolist() == plain.tolist()
+
+
 def test_held_out_text_is_not_trained_on() -> None:
-    train, held_out = demo.read_text(tokenize)
-    assert held_out.shape == (demo.HELD_OUT, demo.SEQUENCE)
+    train, held_out = smollm2.read_text(tokenize)
+    assert held_out.shape == (smollm2.HELD_OUT, smollm2.SEQUENCE)
     assert len(train) > 100
     assert not {tuple(s) for s in held_out.tolist()} & {tuple(s) for s in train.tolist()}
 

