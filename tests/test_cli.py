@@ -226,6 +226,9 @@ def test_peak_memory_counts_what_is_held_at_a_time() -> None:
         ["bench", "--vocab", "0"],
         ["bench", "--rows", "many"],
         ["bench", "--dtype", "float64"],
+        ["inspect", "--max-tokens", "1"],
+        ["inspect", "--tokens", "0"],
+        ["inspect", "student", "teacher", "another"],
         ["demo", "--steps", "0"],
         ["demo", "--seed", "-1"],
         ["demo", "--dtype", "float16"],
@@ -241,7 +244,7 @@ def test_unknown_options_exit_with_2(
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: nothing to refuse")
-@pytest.mark.parametrize("command", ["check", "bench", "demo"])
+@pytest.mark.parametrize("command", ["check", "bench", "inspect", "demo"])
 def test_a_missing_device_exits_with_2(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([command, "--device", "cuda"]) == 2
     assert capsys.readouterr().err == (
@@ -265,7 +268,12 @@ def test_an_output_that_is_a_file_exits_with_2(
 
 @pytest.mark.parametrize(
     ("command", "absent", "extra"),
-    [("check", "rich", "cli"), ("bench", "matplotlib", "cli"), ("demo", "gguf", "demo")],
+    [
+        ("check", "rich", "cli"),
+        ("bench", "matplotlib", "cli"),
+        ("inspect", "transformers", "demo"),
+        ("demo", "gguf", "demo"),
+    ],
 )
 def test_a_missing_extra_is_named_in_one_line(
     command: str,

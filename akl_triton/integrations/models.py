@@ -194,7 +194,7 @@ def check_vocabularies(
             "tokenizers: expected the pair (student's, teacher's), got "
             f"{checks.type_of(tokenizers)}"
         )
-    different = _different_ids(*tokenizers, len(tokenizers[0]), len(tokenizers[1]))
+    different = different_ids(*tokenizers, len(tokenizers[0]), len(tokenizers[1]))
     if not same_vocabulary:
         different = [each for each in different if each[0] < common]
     if different:
@@ -207,7 +207,7 @@ def check_vocabularies(
 
 
 @functools.lru_cache(maxsize=4)
-def _different_ids(
+def different_ids(
     student: Any, teacher: Any, *_lengths: int
 ) -> list[tuple[int, str | None, str | None]]:
     """(id, the student's token, the teacher's) where they differ. Lengths tell whether tokens have
