@@ -80,9 +80,13 @@ def text(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def facts_of(
-    tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    text: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> Callable[..., dict[str, Any]]:
-    """What --json prints of a pair, which has to be all of stdout."""
+    """What --json prints of a pair, which has to be all of stdout, also in a terminal."""
+    monkeypatch.setenv("FORCE_COLOR", "1")
 
     def collect(*arguments: str, code: int = 0) -> dict[str, Any]:
         capsys.readouterr()
@@ -372,6 +376,16 @@ def test_measure_is_shown_beside_the_formula(folders, facts_of, tmp_path, capsys
     arguments = ["--measure", "--tokens", "64", "--device", "cpu", "--output", str(tmp_path)]
     assert main(["inspect", student, teacher, *arguments]) == 0
     assert "measured, MiB" in capsys.readouterr().out
+
+
+def test_a_batch_that_does_not_fit_is_told(folders, text, tmp_path, monkeypatch, capsys):
+    def measure(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(loss_memory, "measure", measure)
+    options = ["--measure", "--text", str(text), "--device", "cpu", "--output", str(tmp_path)]
+    assert main(["inspect", *folders("llama"), *options]) == 2
+    assert "4,096 tokens do not fit on cpu; pass fewer" in capsys.readouterr().err
 
 
 def test_versions_are_those_of_the_extras(monkeypatch):

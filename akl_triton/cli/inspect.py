@@ -187,7 +187,13 @@ def memory(
     formula = loss_memory.predict(student.head, teacher.head, arguments.tokens, trains_head, device)
     measured = None
     if arguments.measure:
-        measured = loss_memory.measure(student, teacher, arguments.tokens, device)
+        try:
+            measured = loss_memory.measure(student, teacher, arguments.tokens, device)
+        except torch.OutOfMemoryError as error:
+            raise UsageError(
+                f"--measure: the logits of {arguments.tokens:,} tokens do not fit on {device}; "
+                "pass fewer --tokens"
+            ) from error
     return asdict(loss_memory.LossMemory(arguments.tokens, trains_head, formula, measured))
 
 
