@@ -166,6 +166,12 @@ def test_a_long_text_is_cut(options, expected, folders, tmp_path, facts_of):
     assert facts["teacher"]["context"] == 32
 
 
+def test_a_model_without_a_longest_sequence_reads_the_whole_text(folders, facts_of):
+    facts = facts_of(*folders("bloom"))
+    assert facts["student"]["context"] is facts["teacher"]["context"] is None
+    assert facts["text"]["tokens"] == facts["text"]["total"]
+
+
 def test_special_tokens_are_named_and_bytes_are_shown_once():
     tokenizer = make_tokenizer()
     ids, texts, total = token_report.tokenize(tokenizer, "<s>🙂!", 100)

@@ -128,7 +128,7 @@ def collect(
     """What is printed as JSON but for the files, and the report of the tokens."""
     vocabularies = compare_vocabularies(student, teacher)
     contexts = [side.context for side in (student, teacher) if side.context is not None]
-    limit = min(arguments.max_tokens, *contexts)
+    limit = min([arguments.max_tokens, *contexts])
     ids, *_ = tokenize(student.tokenizer, text, limit)
     report = None
     if vocabularies.agree:
