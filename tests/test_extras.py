@@ -1,4 +1,4 @@
-"""akl_triton.extras compared with its formulas in float64, its errors, and its examples."""
+"""akl_triton.extras compared with its formulas in float64, and its errors."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import math
 import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -21,7 +20,6 @@ from akl_triton import extras
 from akl_triton.extras import dpkd, dpkd_loss, kl_regularised_policy_loss, policy, sinkd, sinkd_loss
 from akl_triton.reference import reference_adaptive_kl
 
-ROOT = Path(__file__).resolve().parents[1]
 NAN = math.nan
 
 
@@ -368,20 +366,3 @@ def test_docstrings_have_their_headings(name: str) -> None:
     for heading in ("Math", "Args", "Shape", "Dtype", "Raises", "Reference", "Example"):
         assert f"{heading}:" in text
     assert "needs no kernel" in text
-
-
-@pytest.mark.parametrize(
-    ("example", "improves"), [("sinkd", -0.5), ("dpkd", -0.1), ("policy", 0.05)]
-)
-def test_examples(example: str, improves: float) -> None:
-    """The figures that an example prints before and after training differ by at least so much."""
-    script = ROOT / "examples" / f"{example}.py"
-    result = subprocess.run(
-        [sys.executable, "-W", "error", script], check=True, capture_output=True, text=True
-    )
-    before, after = (
-        float(line.split()[-1])
-        for line in result.stdout.splitlines()
-        if "before" in line or "after" in line
-    )
-    assert (after - before) / improves >= 1.0

@@ -124,11 +124,6 @@ def build_parser() -> argparse.ArgumentParser:
     demo.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     demo.add_argument("--seed", type=_integer(0), default=0, help="order of the batches")
     demo.add_argument(
-        "--logits",
-        action="store_true",
-        help="compute all logits, which the fused losses of hidden states do not",
-    )
-    demo.add_argument(
         "--output", default=".", help="folder for akl_demo.png and akl_demo.csv (default: here)"
     )
     return parser

