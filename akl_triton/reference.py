@@ -72,27 +72,34 @@ def reference_adaptive_kl(
     """Adaptive KL per row in float64, with its closed-form gradient.
 
     Math:
-        p = softmax(t/T), q = softmax(s/T), u = ln p - ln q, K = the tokens finite on both sides
-        forward_kl = sum_K p u, reverse_kl = -sum_K q u, gap = sum |p - q| = g_head + g_tail
-        w = g_head / gap (1/2 where gap = 0), or `weight`, a number or [N]
-        The head is that of mu, or its first `size` [N] tokens where that is given.
-        loss = w forward_kl + (1 - w) reverse_kl
-        T dloss/ds_j = w (P_K q_j - [j in K] p_j)
-                     + (1 - w) q_j ([j in K] (1 - u_j) - reverse_kl - Q_K)
-        with P_K = sum_K p and Q_K = sum_K q.
+        With K the tokens that are finite on both sides, and the head that of mu, or its first
+        ``size`` [N] tokens where that is given::
+
+            p = softmax(t/T), q = softmax(s/T), u = ln p - ln q
+            forward_kl = sum_K p u, reverse_kl = -sum_K q u, gap = sum |p - q| = g_head + g_tail
+            w = g_head / gap (1/2 where gap = 0), or `weight`, a number or [N]
+            loss = w forward_kl + (1 - w) reverse_kl
+
+            P_K = sum_K p, Q_K = sum_K q
+            T dloss/ds_j = w (P_K q_j - [j in K] p_j)
+                         + (1 - w) q_j ([j in K] (1 - u_j) - reverse_kl - Q_K)
+
         Either side's logits are softcap tanh(logit_scale x / softcap) of its input x, or
         logit_scale x without a softcap, and the gradient is with respect to x; infinities stay.
-        Both are strictly increasing, so the head is ordered by the teacher's x.
+        Both are strictly increasing, so the head is ordered by the teacher's x. A row with NaN or
+        +inf, or all -inf, on either side is NaN throughout.
+
     Shape:
         student_logits [N, V_s], teacher_logits [N, V_t]. What the shorter side lacks is -inf there.
+
     Dtype:
-        Any floating dtype, also mixed; everything is computed and returned in `dtype`, in which the
-        same formulas are the yardstick of what that dtype can do.
-    A row with NaN or +inf, or all -inf, on either side is NaN throughout.
+        Any floating dtype, also mixed; everything is computed and returned in ``dtype``, in which
+        the same formulas are the yardstick of what that dtype can do.
 
     Reference:
         Wu et al., "Rethinking Kullback-Leibler Divergence in Knowledge Distillation for Large
         Language Models", arXiv 2404.02657.
+
     Example:
         >>> teacher = torch.tensor([[0.6, 0.3, 0.1]]).log()
         >>> student = torch.tensor([[0.4, 0.4, 0.2]]).log()
@@ -189,48 +196,51 @@ def reference_divergence(
     """A divergence per row in float64, with its closed-form gradient.
 
     Math:
-        p = softmax(t/T), q = softmax(s/T), u = ln p - ln q
-        loss = sum_i phi(p_i, q_i), g = q dphi/dq, G = sum_i g_i
-        T dloss/ds_j = g_j - q_j G
+        A divergence is the sum of a function phi of each entry::
 
-        divergence (numbers)            phi, with the mixture m it uses
-        jensen_shannon (beta)           beta p ln(p/m) + (1 - beta) q ln(q/m),
-                                        m = beta p + (1 - beta) q
-        skew_kl (alpha)                 p ln(p/m), m = alpha p + (1 - alpha) q
-        skew_reverse_kl (alpha, detach) q ln(q/m), m = (1 - alpha) p + alpha q
-        total_variation ()              |p - q| / 2
-        alpha (a)                       (p^a q^(1-a) - a p - (1-a) q) / (a (a-1))
-        alpha_beta (a, b)               (a p^l + b q^l - l p^a q^b) / (a b l), l = a + b
-        todi ()                         (p - q) u
-        jeffreys ()                     (p - q) u
-        forward_kl (), reverse_kl ()    p u, -q u
-        mixed_kl (alpha)                alpha p u - (1 - alpha) q u
-        entropy_switch (tau)            [H(p) > tau] p u - q u, with the entropy H(p) = -sum p ln p
-        lk_hybrid (eta)                 w p u + (1 - w) |p - q| / 2, with w = exp(-eta (1 - TV))
-                                        constant, TV = sum |p - q| / 2
-        decoupled_kl (alpha, beta, kappa)
-                                        alpha p u + beta/2 w (u - mean)^2, where w_i is p_i^kappa
-                                        over its sum, and mean = sum w u; both sums, as that of w,
-                                        of the tokens that are finite on both sides
-        dkd (alpha, beta)               with y the label: alpha (P ln(P/Q) + (1-P) ln((1-P)/(1-Q)))
-                                        + beta KL(p' || q'), where P = p_y, Q = q_y, and p', q' are
-                                        the distributions without y. An addend of the two whose
-                                        probability is 0 on a side is 0, as is a KL to which a side
-                                        has no other token
+            p = softmax(t/T), q = softmax(s/T), u = ln p - ln q
+            loss = sum_i phi(p_i, q_i), g = q dphi/dq, G = sum_i g_i
+            T dloss/ds_j = g_j - q_j G
 
-        Two of the gradients hold a part of the loss constant. With `detach`, skew_reverse_kl does
-        so with m. The value of todi is that of v p u - (1 - v) q u with v = sigmoid(u) constant,
-        so that g = (q - p) - u q^2 / (p + q).
+        phi of each divergence, with its numbers and the mixture m that it uses::
 
-        Where a side's logit is -inf, phi and g take their limit at p = 0 or q = 0 if it is finite:
+            jensen_shannon (beta)           beta p ln(p/m) + (1 - beta) q ln(q/m),
+                                            m = beta p + (1 - beta) q
+            skew_kl (alpha)                 p ln(p/m), m = alpha p + (1 - alpha) q
+            skew_reverse_kl (alpha, detach) q ln(q/m), m = (1 - alpha) p + alpha q
+            total_variation ()              |p - q| / 2
+            alpha (a)                       (p^a q^(1-a) - a p - (1-a) q) / (a (a-1))
+            alpha_beta (a, b)               (a p^l + b q^l - l p^a q^b) / (a b l), l = a + b
+            todi ()                         (p - q) u
+            jeffreys ()                     (p - q) u
+            forward_kl (), reverse_kl ()    p u, -q u
+            mixed_kl (alpha)                alpha p u - (1 - alpha) q u
+            entropy_switch (tau)            [H(p) > tau] p u - q u, H(p) = -sum p ln p
+            lk_hybrid (eta)                 w p u + (1 - w) |p - q| / 2,
+                                            w = exp(-eta (1 - sum |p - q| / 2)) constant
+            decoupled_kl (alpha, beta, kappa)
+                                            alpha p u + beta/2 w (u - sum w u)^2,
+                                            w_i = p_i^kappa over its sum
+            dkd (alpha, beta)               alpha (P ln(P/Q) + (1-P) ln((1-P)/(1-Q)))
+                                            + beta KL(p' || q')
 
-                          (p, 0)                     (0, q)
-        jensen_shannon    beta p ln(1/beta)          (1 - beta) q ln(1/(1 - beta))
-        skew_kl           p ln(1/alpha)              0
-        skew_reverse_kl   0                          q ln(1/alpha)
-        total_variation   p / 2                      q / 2
-        alpha             p / (1-a) if a < 1         q / a if a > 0
-        alpha_beta        p^l / (b l) if b, l > 0    q^l / (a l) if a, l > 0
+        The sums of decoupled_kl are those of the tokens that are finite on both sides. In dkd, with
+        y the label, P = p_y, Q = q_y, and p', q' are the distributions without y; an addend of the
+        two whose probability is 0 on a side is 0, as is a KL to which a side has no other token.
+
+        Two of the gradients hold a part of the loss constant. With ``detach``, skew_reverse_kl
+        does so with m. The value of todi is that of v p u - (1 - v) q u with v = sigmoid(u)
+        constant, so that g = (q - p) - u q^2 / (p + q).
+
+        Where a side's logit is -inf, phi and g take their limit at p = 0 or q = 0 if it is finite::
+
+                              (p, 0)                     (0, q)
+            jensen_shannon    beta p ln(1/beta)          (1 - beta) q ln(1/(1 - beta))
+            skew_kl           p ln(1/alpha)              0
+            skew_reverse_kl   0                          q ln(1/alpha)
+            total_variation   p / 2                      q / 2
+            alpha             p / (1-a) if a < 1         q / a if a > 0
+            alpha_beta        p^l / (b l) if b, l > 0    q^l / (a l) if a, l > 0
 
         Where it is infinite, which is everywhere else, the entry is dropped: it adds 0 to the loss
         and has g_j = 0, but it keeps its q_j G. For alpha and alpha_beta the exponents decide, as
@@ -238,24 +248,27 @@ def reference_divergence(
         a (for alpha, 1 and 1 - a, and 1 and a). An entry that both sides forbid adds nothing.
         Either side's logits are softcap tanh(logit_scale x / softcap) of its input x, or
         logit_scale x without a softcap, and the gradient is with respect to x; infinities stay.
+        A row with NaN or +inf, or all -inf, on either side is NaN throughout.
+
     Shape:
         student_logits [N, V_s], teacher_logits [N, V_t]. What the shorter side lacks is -inf there.
         labels [N], tokens of the student, for dkd.
+
     Dtype:
-        Any floating dtype, also mixed; everything is computed and returned in `dtype`.
-    A row with NaN or +inf, or all -inf, on either side is NaN throughout.
+        Any floating dtype, also mixed; everything is computed and returned in ``dtype``.
 
     Reference:
-        jensen_shannon: Agarwal et al. (GKD), arXiv 2306.13649.
-        skew_kl, skew_reverse_kl: Ko et al. (DistiLLM), arXiv 2402.03898; with `detach`, Ko et al.
-        (DistiLLM-2), arXiv 2503.07067.
-        alpha: Amari, "Differential-Geometrical Methods in Statistics", 1985.
-        alpha_beta: Wang et al. (ABKD), arXiv 2505.04560.
-        todi: Jung et al. (ToDi), arXiv 2505.16297.
-        entropy_switch: Jin et al., arXiv 2603.07079.
-        lk_hybrid: Samarin et al. (LK losses), arXiv 2602.23881.
-        decoupled_kl: Cui et al. (DKL, IKL), arXiv 2305.13948.
-        dkd: Zhao et al., arXiv 2203.08679.
+        - jensen_shannon: Agarwal et al. (GKD), arXiv 2306.13649.
+        - skew_kl, skew_reverse_kl: Ko et al. (DistiLLM), arXiv 2402.03898; with ``detach``, Ko et
+          al. (DistiLLM-2), arXiv 2503.07067.
+        - alpha: Amari, "Differential-Geometrical Methods in Statistics", 1985.
+        - alpha_beta: Wang et al. (ABKD), arXiv 2505.04560.
+        - todi: Jung et al. (ToDi), arXiv 2505.16297.
+        - entropy_switch: Jin et al., arXiv 2603.07079.
+        - lk_hybrid: Samarin et al. (LK losses), arXiv 2602.23881.
+        - decoupled_kl: Cui et al. (DKL, IKL), arXiv 2305.13948.
+        - dkd: Zhao et al., arXiv 2203.08679.
+
     Example:
         >>> teacher = torch.tensor([[0.75, 0.25]]).log()
         >>> student = torch.tensor([[0.5, 0.5]]).log()
@@ -317,17 +330,20 @@ def reference_cross_entropy(
     """Cross-entropy of the student with the labels [N] at T = 1 in float64, with its gradient.
 
     Math:
-        q = softmax(s), loss = -ln q_label, dloss/ds_j = q_j - [j = label]
-        s is softcap tanh(logit_scale x / softcap) of the input x, or logit_scale x without a
-        softcap, and the gradient is with respect to x; infinities stay.
+        ``q = softmax(s)``, ``loss = -ln q_label``, ``dloss/ds_j = q_j - [j = label]``, where s is
+        softcap tanh(logit_scale x / softcap) of the input x, or logit_scale x without a softcap,
+        and the gradient is with respect to x; infinities stay. A row with NaN or +inf, or all -inf,
+        is NaN throughout.
+
     Shape:
         student_logits [N, V_s].
+
     Dtype:
-        Any floating dtype; everything is computed and returned in `dtype`.
-    A row with NaN or +inf, or all -inf, is NaN throughout.
+        Any floating dtype; everything is computed and returned in ``dtype``.
 
     Reference:
         Its weighted sum with a divergence: Hinton et al., arXiv 1503.02531, section 2.
+
     Example:
         >>> student = torch.tensor([[0.5, 0.25, 0.25]]).log()
         >>> result = reference_cross_entropy(student, torch.tensor([1]))
@@ -613,6 +629,7 @@ def authors_adaptive_kl(student_logits: Tensor, teacher_logits: Tensor, mu: floa
     Shape:
         Both [..., V]; gives the mean over all rows. Differentiable in student_logits by autograd,
         with the weights held constant.
+
     Reference:
         AKL.py of https://github.com/wutaiqiang/LLM_KD_AKL
     """
