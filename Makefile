@@ -7,10 +7,19 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 INSTALL := install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test oldest newest lint types wheel wheel-check clean
+.PHONY: demo docs test oldest newest lint types wheel wheel-check clean
 
 demo: $(READY)
 	$(BIN)/akl-triton demo
+
+# The site, in build/site. The notice of Material about MkDocs 2 is not ours to act on.
+docs: export NO_MKDOCS_2_WARNING = 1
+docs: $(VENV)/.docs
+	$(BIN)/mkdocs build --strict
+
+$(VENV)/.docs: $(READY)
+	$(BIN)/pip $(INSTALL) -e ".[docs]"
+	touch $@
 
 # The kernels are tested twice: their compiled PTX (or a GPU), then their source in Triton's
 # interpreter. Each process has one thread: with as many as there are cores they would wait for one

@@ -1,10 +1,11 @@
-"""Write docs/options.md, the tables of options and divergences, from where they are defined.
+"""Write docs/options.md and docs/command_line.md from where options and commands are defined.
 
 python docs/generate.py
 """
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import inspect
 import re
@@ -12,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import akl_triton
+from akl_triton.cli import REQUIRES, build_parser
 from akl_triton.divergences import FAMILY, Divergence
 from akl_triton.options import LINEAR_LOSS_OPTIONS, LOSS_OPTIONS, RETURN_STATS
 
 OPTIONS = Path(__file__).with_name("options.md")
+COMMAND_LINE = Path(__file__).with_name("command_line.md")
 HEAD = """<!-- Written by `python docs/generate.py`. -->
 
 # Options and divergences
@@ -24,13 +27,62 @@ HEAD = """<!-- Written by `python docs/generate.py`. -->
 lm_heads. Both have these options; the modules `DistillationLoss` and `LinearDistillationLoss` take
 them when they are made, except those marked *call*, which belong to a call.
 """
+COMMANDS = """<!-- Written by `python docs/generate.py`. -->
+
+# Command line
+
+`--help` after any command lists its options. The exit code is 0, or 1 if a check has failed, or 2
+if the command could not be run, with a message that says why."""
+# What a command is for, beyond its help.
+PURPOSES = {
+    "env": "Paste its output into the report of a bug. Next to each device stands the reason "
+    "for the choice of its backend.",
+    "check": "Run it after an installation. It covers every divergence, many vocabulary sizes, "
+    "dtypes and temperatures, and special values; the rule is that of [Numerics](numerics.md).",
+    "bench": "It runs adaptive KL forward and backward on random logits, whose probabilities "
+    "fall with the rank as those of text do. [Measuring](measuring.md) says what a time is worth.",
+    "demo": "The teacher is SmolLM2-135M, the student 12 of its 30 layers. It is trained with "
+    "three losses, from the same start on the same batches. [Start](start.md) shows the curves.",
+}
 
 
 def main() -> None:
-    OPTIONS.write_text(document())
+    OPTIONS.write_text(options_document())
+    COMMAND_LINE.write_text(command_line_document())
 
 
-def document() -> str:
+def command_line_document() -> str:
+    (commands,) = (x for x in build_parser()._actions if isinstance(x, argparse._SubParsersAction))
+    summaries = {x.dest: x.help for x in commands._choices_actions}
+    sections = []
+    for name, command in commands.choices.items():
+        rows = [
+            (f"`{_usage(action)}`", action.help or f"default: {action.default}")
+            for action in command._actions
+            if not isinstance(action, argparse._HelpAction)
+        ]
+        extra, _ = REQUIRES[name]
+        needs = f" The command needs the extra `{extra}`." if extra else ""
+        sections.append(
+            f"\n## akl-triton {name}\n\n{_sentence(summaries[name])}. {PURPOSES[name]}{needs}\n\n"
+            + _table(("option", "meaning"), rows)
+        )
+    return "\n".join((COMMANDS, *sections, ""))
+
+
+def _sentence(text: str) -> str:
+    return text[0].upper() + text[1:]
+
+
+def _usage(action: argparse.Action) -> str:
+    """An option as it is written, with its value."""
+    value = "" if action.nargs == 0 else f" {action.metavar or (action.dest.upper())}"
+    if action.choices is not None:
+        value = " " + " \\| ".join(action.choices)
+    return f"{action.option_strings[-1]}{value}{' ...' if action.nargs == '+' else ''}"
+
+
+def options_document() -> str:
     options = {"return_stats": RETURN_STATS, **LOSS_OPTIONS, **LINEAR_LOSS_OPTIONS}
     rows = []
     for name, option in options.items():

@@ -93,13 +93,15 @@ def test_before_and_after_without_the_logits_agree() -> None:
         torch.testing.assert_close(ours, theirs)
 
 
-def test_the_tables_of_options_are_those_of_the_code() -> None:
+def test_what_is_generated_is_that_of_the_code() -> None:
     spec = importlib.util.spec_from_file_location("generate", ROOT / "docs" / "generate.py")
     assert spec is not None and spec.loader is not None
     generate = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(generate)
     written = (ROOT / "docs" / "options.md").read_text()
-    assert written == generate.document(), "run: python docs/generate.py"
+    assert written == generate.options_document(), "run: python docs/generate.py"
+    of_commands = (ROOT / "docs" / "command_line.md").read_text()
+    assert of_commands == generate.command_line_document(), "run: python docs/generate.py"
     for function in (akl_triton.distillation_loss, akl_triton.linear_distillation_loss):
         for name, parameter in inspect.signature(function).parameters.items():
             if parameter.kind is parameter.KEYWORD_ONLY:
@@ -109,7 +111,7 @@ def test_the_tables_of_options_are_those_of_the_code() -> None:
 
 def test_links_of_the_documents_lead_somewhere() -> None:
     documents = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
-    for document in (*documents, *(ROOT / "docs").glob("*.md")):
+    for document in (*documents, *(ROOT / "docs").rglob("*.md")):
         for target in re.findall(r"\]\((?!http)([^)#]+)\)", document.read_text("utf-8")):
             assert (document.parent / target).exists(), f"{document} links to {target}"
 

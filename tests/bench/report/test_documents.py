@@ -9,9 +9,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[3]
+OPTIONS = ROOT / "docs" / "options.md"  # whose numbers are defaults
 DOCUMENTS = (
     *("README.md", "CONTRIBUTING.md", "CHANGELOG.md"),
     *("bench/README.md", "bench/NOTES.md", "bench/RESULTS.md"),
+    *sorted(
+        str(page.relative_to(ROOT)) for page in (ROOT / "docs").rglob("*.md") if page != OPTIONS
+    ),
 )
 # A number with a unit of cost or of quality.
 FIGURE = re.compile(
