@@ -35,14 +35,18 @@ class Docstrings(griffe.Extension):
                 self._names |= {name: path, path: path}
 
     def on_object(self, *, obj: griffe.Object, loader: griffe.GriffeLoader, **_: Any) -> None:
-        if obj.is_function and any("documented" in str(x.value) for x in obj.decorators):
-            self._complete(obj)
-        if obj.is_class and "dataclass" in obj.labels:
-            self._show_defaults(obj)
-        if obj.is_class and any(str(base).endswith("NamedTuple") for base in obj.bases):
-            self._describe_fields(obj)
+        own: set[str] = set()
+        if isinstance(obj, griffe.Function):
+            if any("documented" in str(x.value) for x in obj.decorators):
+                self._complete(obj)
+            own = {x.name for x in obj.parameters}
+        elif isinstance(obj, griffe.Class):
+            if "dataclass" in obj.labels:
+                self._show_defaults(obj)
+            if any(str(base).endswith("NamedTuple") for base in obj.bases):
+                self._describe_fields(obj)
+            own = {x.name for x in obj.parameters}
         if obj.docstring is not None:
-            own = {x.name for x in obj.parameters} if obj.is_function or obj.is_class else set()
             obj.docstring.value = self.shown(obj.docstring.value, own)
 
     def shown(self, text: str, own: set[str]) -> str:
@@ -62,7 +66,7 @@ class Docstrings(griffe.Extension):
     def _complete(function: griffe.Function) -> None:
         """Signature and docstring of a function, with its options."""
         completed = getattr(import_module(function.module.path), function.name)
-        function.docstring.value = inspect.getdoc(completed)
+        function.docstring = griffe.Docstring(inspect.getdoc(completed) or "", parent=function)
         function.overloads = []
         del function.parameters["options"]
         for name, parameter in inspect.signature(completed).parameters.items():
@@ -88,9 +92,8 @@ class Docstrings(griffe.Extension):
     @staticmethod
     def _describe_fields(named_tuple: griffe.Class) -> None:
         """The comment of each field as its docstring."""
-        lines = named_tuple.source.splitlines()
         for field in named_tuple.attributes.values():
-            comment = COMMENT.search(lines[field.lineno - named_tuple.lineno])
+            comment = COMMENT.search(field.source)
             if comment is not None:
                 field.docstring = griffe.Docstring(comment[1], parent=field)
 
