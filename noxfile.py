@@ -18,7 +18,7 @@ nox.options.sessions = ["lint", "types", "tests"]
 PINNED = ("-c", "constraints.txt")
 # The package, with what its tests need: gguf is that of tests/test_demo.py; see the Makefile for
 # --no-deps.
-PACKAGES = ("-e", ".[dev,all]", "gguf")
+PACKAGES = ("-e", ".[dev,all,docs]", "gguf")
 # The tests of `make oldest`.
 KERNELS = ("tests/kernels/test_stages.py", "tests/kernels/test_compiled.py")
 DEV = nox.project.load_toml("pyproject.toml")["project"]["optional-dependencies"]["dev"]
