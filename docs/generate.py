@@ -41,6 +41,8 @@ PURPOSES = {
     "dtypes and temperatures, and special values; the rule is that of [Numerics](numerics.md).",
     "bench": "It runs adaptive KL forward and backward on random logits, whose probabilities "
     "fall with the rank as those of text do. [Measuring](measuring.md) says what a time is worth.",
+    "inspect": "Run it on your own two models: [A student and its teacher](inspect.md) says what "
+    "comes out.",
     "demo": "The teacher is SmolLM2-135M, the student 12 of its 30 layers. It is trained with "
     "three losses, from the same start on the same batches. [Start](start.md) shows the curves.",
 }
@@ -75,7 +77,9 @@ def _sentence(text: str) -> str:
 
 
 def _usage(action: argparse.Action) -> str:
-    """An option as it is written, with its value."""
+    """An option as it is written, with its value; or an argument."""
+    if not action.option_strings:
+        return f"[{action.metavar}]" if action.nargs == "?" else str(action.metavar)
     value = "" if action.nargs == 0 else f" {action.metavar or (action.dest.upper())}"
     if action.choices is not None:
         value = " " + " \\| ".join(action.choices)

@@ -26,7 +26,7 @@ from bench.inputs.real_logits import real_logits
 from bench.questions.overview import HEAD, INK, TAIL
 from bench.store import load
 
-PICTURES = Path(__file__).with_name("pictures")
+IMAGES = Path(__file__).with_name("images")
 TEXT = (
     "Exceptions are a means of breaking out of the normal flow of control of a code block in "
     "order to handle errors or other exceptional conditions."
@@ -130,7 +130,7 @@ def weights() -> None:
 def _save(figure: Figure, name: str) -> None:
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(PICTURES / f"{name}.png", dpi=130, metadata={"Software": None})
+    figure.savefig(IMAGES / f"{name}.png", dpi=130, metadata={"Software": None})
 
 
 if __name__ == "__main__":
