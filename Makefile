@@ -48,6 +48,8 @@ types: $(READY)
 wheel: $(READY)
 	rm -rf build dist
 	$(BIN)/python -m build --no-isolation
+	$(BIN)/twine check --strict dist/*
+	$(BIN)/check-wheel-contents dist/*.whl
 
 # The wheel as a user gets it, alone in an environment that holds nothing else.
 wheel-check: wheel

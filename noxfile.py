@@ -21,7 +21,16 @@ PINNED = ("-c", "constraints.txt")
 PACKAGES = ("-e", ".[dev,all,docs]", "gguf")
 # The tests of `make oldest`.
 KERNELS = ("tests/kernels/test_stages.py", "tests/kernels/test_compiled.py")
-DEV = nox.project.load_toml("pyproject.toml")["project"]["optional-dependencies"]["dev"]
+EXTRAS = nox.project.load_toml("pyproject.toml")["project"]["optional-dependencies"]
+# The tests of the integrations, less those of what only newer versions of transformers have: an
+# architecture, two kinds of logits_to_keep, and the name of an option.
+INTEGRATIONS = (
+    *(f"tests/integrations/test_{name}.py" for name in ("models", "transformers", "trl")),
+    *("-k", "not inkling2_text"),
+    "--deselect=tests/integrations/test_models.py::test_logits_to_keep[of each]",
+    "--deselect=tests/integrations/test_models.py::test_logits_to_keep[mask]",
+    "--deselect=tests/integrations/test_transformers.py::test_gradient_checkpointing",
+)
 SERIAL = {"OMP_NUM_THREADS": "1"}
 
 
@@ -40,8 +49,19 @@ def oldest(session: nox.Session) -> None:
     session.install("torch==2.10.0")
     session.install("--no-deps", "triton==3.6.0")
     session.install("--no-deps", "-e", ".")
-    session.install(*(need for need in DEV if not need.startswith("akl-triton")))
+    session.install(*(need for need in EXTRAS["dev"] if not need.startswith("akl-triton")))
     session.run("pytest", *(session.posargs or KERNELS), env=SERIAL)
+
+
+@nox.session(name="integrations-floor")
+def integrations_floor(session: nox.Session) -> None:
+    """Run the tests of the integrations with the oldest libraries that pyproject.toml allows."""
+    needs = [*EXTRAS["hf"], *EXTRAS["peft"], *EXTRAS["trl"]]
+    floors = [need.split(",")[0].replace(">=", "==") for need in needs if ">=" in need]
+    session.install(*PINNED, "torch", "triton")
+    session.install(*floors, "pytest", "pytest-xdist")
+    session.install("--no-deps", "-e", ".")
+    session.run("pytest", *(session.posargs or INTEGRATIONS), env=SERIAL)
 
 
 @nox.session

@@ -84,6 +84,24 @@ def test_sdist(distributions: Path) -> None:
     assert "kernels/__init__.py" not in names
 
 
+@pytest.mark.parametrize(
+    ("command", "pattern"), [("twine check --strict", "*"), ("check-wheel-contents", "*.whl")]
+)
+def test_what_checks_distributions_finds_nothing(
+    distributions: Path, command: str, pattern: str
+) -> None:
+    """The commands of `make wheel`."""
+    assert f"$(BIN)/{command} dist/{pattern}\n" in (ROOT / "Makefile").read_text("utf-8")
+    name, *options = command.split()
+    skip_without(name)
+    result = subprocess.run(
+        [Path(sys.executable).with_name(name), *options, *distributions.glob(pattern)],
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
 def test_import_loads_nothing_heavy_but_torch() -> None:
     """`import akl_triton` costs no more than `import torch`, wherever the package is used."""
     script = """

@@ -6,6 +6,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 
 yaml = pytest.importorskip("yaml")
 ROOT = Path(__file__).resolve().parents[1]
+INSTALLED = ("dev", "cli", "hf", "peft", "trl", "demo")  # extras, by `make`
 
 
 def load(name: str) -> Any:
@@ -43,8 +45,8 @@ def test_nox_lists_the_sessions_that_contributing_names() -> None:
     pytest.importorskip("nox")
     command = [sys.executable, "-m", "nox", "--list"]
     result = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT)
-    sessions = set(re.findall(r"^[*-] ([a-z]+)", result.stdout, flags=re.MULTILINE))
-    assert sessions == {"tests", "oldest", "latest", "lint", "types"}
+    sessions = set(re.findall(r"^[*-] ([a-z]+(?:-[a-z]+)?)", result.stdout, flags=re.MULTILINE))
+    assert sessions == {"tests", "oldest", "integrations-floor", "latest", "lint", "types"}
     contributing = (ROOT / "CONTRIBUTING.md").read_text("utf-8")
     assert all(f"`{session}`" in contributing for session in sessions)
 
@@ -54,6 +56,24 @@ def test_the_oldest_session_has_the_oldest_versions(name: str) -> None:
     found = re.search(rf'"{name}>=([\d.]+)', (ROOT / "pyproject.toml").read_text("utf-8"))
     assert found is not None
     assert f'"{name}=={found[1]}.0"' in (ROOT / "noxfile.py").read_text("utf-8")
+
+
+def test_what_development_installs_is_pinned() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    extras = project["optional-dependencies"]
+    needs = [*project["dependencies"], *(x for name in INSTALLED for x in extras[name])]
+    names = {re.split(r"[\[<>=; ]", need)[0] for need in needs} - {"akl-triton"}
+    constraints = (ROOT / "constraints.txt").read_text("utf-8")
+    pinned = set(re.findall(r"^([\w.-]+)==", constraints, flags=re.MULTILINE))
+    assert names - pinned == {"typing-extensions"}  # as torch wants it
+
+
+def test_the_floors_of_the_integrations_are_one_version_each() -> None:
+    """The session of nox installs what stands behind each >=."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    for name in ("hf", "peft", "trl"):
+        for need in project["optional-dependencies"][name]:
+            assert need.startswith("akl-triton[") or re.match(r"[\w-]+>=[\d.]+(,|$)", need), need
 
 
 def test_no_test_file_imports_another() -> None:
