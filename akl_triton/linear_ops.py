@@ -114,7 +114,7 @@ _ARGUMENTS = f"""
 
 
 @torch.library.custom_op(
-    "akl_triton::linear_divergence",
+    f"{ops.NAMESPACE}::linear_divergence",
     mutates_args=(),
     tags=WAITS,
     schema=f"(bool per_token, bool with_stats, {_ARGUMENTS})"
@@ -131,7 +131,7 @@ def linear_divergence(per_token, with_stats, *inputs):  # type: ignore[no-untype
 
 
 @torch.library.custom_op(
-    "akl_triton::linear_divergence_backward",
+    f"{ops.NAMESPACE}::linear_divergence_backward",
     mutates_args=(),
     tags=WAITS,
     schema=f"(Tensor upstream, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor)",
@@ -142,7 +142,7 @@ def linear_divergence_backward(upstream, *inputs):  # type: ignore[no-untyped-de
     return tuple(gradients)
 
 
-@torch.library.custom_op("akl_triton::scaled", mutates_args=())
+@torch.library.custom_op(f"{ops.NAMESPACE}::scaled", mutates_args=())
 def scaled(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """factor * x in `dtype`, rounded once; factor [] or one for each x[i]."""
     out = torch.empty(x.shape, dtype=dtype, device=x.device)

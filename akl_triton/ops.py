@@ -18,9 +18,13 @@ from .backend import backend_of
 from .divergences import RULE_SCHEMA, Rule
 from .rows import LARGEST_WRITTEN, damping, empty_result, power_of_two, room
 
+# "akl_triton", unless the package has another name: copies of it, as the kernel hub loads them, can
+# then stand next to each other in a process.
+NAMESPACE = __name__.rpartition(".")[0].replace(".", "_")
+
 
 @torch.library.custom_op(
-    "akl_triton::divergence",
+    f"{NAMESPACE}::divergence",
     mutates_args=(),
     schema="(Tensor student, Tensor teacher, Tensor? valid, Tensor? labels, bool with_stats, "
     f"str backend, {RULE_SCHEMA}) -> (Tensor, Tensor, Tensor)",
@@ -39,7 +43,7 @@ def _(student, teacher, valid, labels, with_stats, backend, *rule):  # type: ign
 
 
 @torch.library.custom_op(
-    "akl_triton::divergence_backward",
+    f"{NAMESPACE}::divergence_backward",
     mutates_args=(),
     schema="(Tensor upstream, Tensor student, Tensor teacher, Tensor? valid, Tensor? labels, "
     f"Tensor state, str backend, {RULE_SCHEMA}) -> Tensor",
@@ -60,7 +64,7 @@ def _(upstream, student, *inputs):  # type: ignore[no-untyped-def]
 
 
 @torch.library.custom_op(
-    "akl_triton::divergence_with_gradient",
+    f"{NAMESPACE}::divergence_with_gradient",
     mutates_args=("student",),
     schema="(Tensor(a!) student, Tensor teacher, Tensor? valid, Tensor? labels, Tensor upstream, "
     f"bool damped, bool with_stats, str backend, {RULE_SCHEMA}) -> (Tensor, Tensor)",
@@ -93,7 +97,7 @@ def _(student, teacher, valid, labels, upstream, damped, with_stats, *inputs):  
     return loss, stats
 
 
-@torch.library.custom_op("akl_triton::rescale", mutates_args=("rows",))
+@torch.library.custom_op(f"{NAMESPACE}::rescale", mutates_args=("rows",))
 def rescale(rows: Tensor, factor: Tensor, backend: str) -> None:
     """rows [N, V] *= factor [N], in place."""
     if rows.numel():
