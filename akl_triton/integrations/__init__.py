@@ -1,4 +1,4 @@
-"""The losses inside the models of Hugging Face.
+"""The losses inside the models of Hugging Face, and in other frameworks.
 
 They are not part of `import akl_triton`: write `from akl_triton.integrations import
 distillation_loss_of_models`. Neither transformers nor peft is imported here: who has a model of
@@ -7,7 +7,8 @@ theirs has imported them.
 `distillation_loss_of_models` is the loss of two causal language models, computed in the place of
 the student's lm_head; `describe_model` and `in_place_of_head` are what it is made of. The
 Trainer with that loss is in `akl_triton.integrations.transformers`, which does import transformers,
-and those of TRL are in `akl_triton.integrations.trl`.
+and those of TRL are in `akl_triton.integrations.trl`. `akl_triton.integrations.criteria` has the
+losses that configurations of torchtune and NeMo AutoModel name.
 """
 
 from .heads import HeadInfo, describe_model, in_place_of_head
