@@ -41,6 +41,7 @@ from .losses import (
     reverse_kl,
 )
 from .modules import AdaptiveKLLoss, DistillationLoss, LinearDistillationLoss
+from .sparse import SparseTeacher, teacher_pairs
 
 __version__ = "0.1.0"
 
@@ -64,6 +65,7 @@ __all__ = [
     "ReverseKL",
     "SkewKL",
     "SkewReverseKL",
+    "SparseTeacher",
     "SumOfTerms",
     "ToDi",
     "TotalVariation",
@@ -81,4 +83,5 @@ __all__ = [
     "mixed_kl",
     "register",
     "reverse_kl",
+    "teacher_pairs",
 ]

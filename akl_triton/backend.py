@@ -21,7 +21,8 @@ from .divergences import (
     SumOfTerms,
     TwoKL,
 )
-from .rows import RowResult
+from .pairs import BackendOfPairs
+from .rows import PairState, RowResult
 
 TRITON, TORCH = "triton", "torch"
 
@@ -65,6 +66,37 @@ class Backend(Protocol):
         gradient: Tensor,
     ) -> None:
         """Write upstream * dloss/dstudent into `gradient`, from the state that `forward` left."""
+
+    def pairs(
+        self,
+        student: Tensor,
+        ids: Tensor,
+        teacher: Tensor,
+        valid: Tensor | None,
+        labels: Tensor | None,
+        rule: Rule,
+        state: PairState,
+        with_stats: bool,
+    ) -> None:
+        """Fill all of the state but `of_entries`, for ids and teacher of `BackendOfPairs`.
+
+        A row whose ids are not those of tokens, or come twice, is NaN. Entropy and agreement are
+        left out without `with_stats`."""
+
+    def pairs_backward(
+        self,
+        of_pairs: Tensor,
+        of_label: Tensor | None,
+        student: Tensor,
+        ids: Tensor,
+        valid: Tensor | None,
+        labels: Tensor | None,
+        state: Tensor,
+        rule: Rule,
+        gradient: Tensor,
+    ) -> None:
+        """Write the gradient of the logits into `gradient`, which may be the student: from that of
+        the entries [N, k + 1], that of the cross-entropy [N], and `PairState.of_pairs`."""
 
     def rescale(self, rows: Tensor, factor: Tensor) -> None:
         """rows [N, V] *= factor [N], in place."""
@@ -110,6 +142,7 @@ class Triton:
             gradient=gradient,
             upstream=upstream,
             damped=damped,
+            rest=rule.rest,
             **_maps(rule),
         )
 
@@ -139,6 +172,59 @@ class Triton:
             **_terms(rule.divergence),
             parts=_parts(rule.divergence),
             **_maps(rule),
+        )
+
+    @staticmethod
+    def pairs(
+        student: Tensor,
+        ids: Tensor,
+        teacher: Tensor,
+        valid: Tensor | None,
+        labels: Tensor | None,
+        rule: Rule,
+        state: PairState,
+        with_stats: bool,
+    ) -> None:
+        from .kernels import launch
+
+        launch.pairs(
+            student,
+            ids,
+            teacher,
+            valid,
+            labels,
+            state.log_q,
+            state.of_pairs,
+            state.of_student,
+            rest=rule.rest,
+            statistics=with_stats,
+            **_map_of_student(rule),
+        )
+
+    @staticmethod
+    def pairs_backward(
+        of_pairs: Tensor,
+        of_label: Tensor | None,
+        student: Tensor,
+        ids: Tensor,
+        valid: Tensor | None,
+        labels: Tensor | None,
+        state: Tensor,
+        rule: Rule,
+        gradient: Tensor,
+    ) -> None:
+        from .kernels import launch
+
+        launch.pairs_backward(
+            gradient,
+            student,
+            ids,
+            valid,
+            labels,
+            state,
+            of_pairs,
+            of_label,
+            **_map_of_student(rule),
         )
 
     @staticmethod
@@ -180,23 +266,30 @@ def _parts(divergence: Divergence) -> tuple[float, float] | None:
     return None
 
 
-def _maps(rule: Rule) -> dict[str, float | None]:
+def _maps(rule: Rule) -> dict[str, Any]:
     return {
-        "temperature": rule.temperature,
-        "student_softcap": rule.student_map.softcap,
+        **_map_of_student(rule),
         "teacher_softcap": rule.teacher_map.softcap,
-        "student_logit_scale": rule.student_map.scale,
         "teacher_logit_scale": rule.teacher_map.scale,
     }
 
 
-def backend_of(name: str) -> Backend:
-    """The backend of a name that `resolve_backend` gave."""
-    if name == TRITON:
-        return Triton()
-    from . import eager
+def _map_of_student(rule: Rule) -> dict[str, Any]:
+    return {
+        "temperature": rule.temperature,
+        "student_softcap": rule.student_map.softcap,
+        "student_logit_scale": rule.student_map.scale,
+    }
 
-    return eager
+
+def backend_of(name: str, ids: Tensor | None = None) -> Backend | BackendOfPairs:
+    """The backend of a name that `resolve_backend` gave; with ids, for a teacher of pairs."""
+    backend: Backend = Triton()
+    if name != TRITON:
+        from . import eager
+
+        backend = eager
+    return backend if ids is None else BackendOfPairs(backend, ids)
 
 
 def triton_obstacle(device_type: str) -> str | None:

@@ -41,12 +41,8 @@ GATHER = (
 
 def check_logits(student: Tensor, teacher: Tensor) -> None:
     """Dtypes, devices and shapes of the two logits; the teacher must not ask for a gradient."""
-    for name, logits in (("student_logits", student), ("teacher_logits", teacher)):
-        check_tensor(name, logits)
-        if logits.dtype not in LOGIT_DTYPES:
-            raise TypeError(f"{name}: expected {_join(LOGIT_DTYPES)}, got {_describe(logits)}")
-        if logits.dim() == 0 or logits.shape[-1] == 0:
-            raise ValueError(f"{name}: expected [..., V] with V >= 1, got {_describe(logits)}")
+    check_vocabulary("student_logits", student)
+    check_vocabulary("teacher_logits", teacher)
     if student.shape[:-1] != teacher.shape[:-1]:
         raise ValueError(
             "teacher_logits: expected the leading dimensions of student_logits, "
@@ -54,6 +50,77 @@ def check_logits(student: Tensor, teacher: Tensor) -> None:
         )
     check_device("teacher_logits", teacher, student)
     check_teacher("teacher_logits", teacher)
+
+
+def check_vocabulary(name: str, logits: Tensor) -> None:
+    """Logits of at least one token, in a dtype that they may have."""
+    check_tensor(name, logits)
+    if logits.dtype not in LOGIT_DTYPES:
+        raise TypeError(f"{name}: expected {_join(LOGIT_DTYPES)}, got {_describe(logits)}")
+    if logits.dim() == 0 or logits.shape[-1] == 0:
+        raise ValueError(f"{name}: expected [..., V] with V >= 1, got {_describe(logits)}")
+
+
+def check_pairs(
+    ids: Tensor, log_probs: Tensor, log_tail: Tensor | None, outside: str, most: int
+) -> None:
+    """Dtypes, devices and shapes of a teacher's pairs, which ask for no gradient."""
+    check_tensor("ids", ids)
+    if ids.dtype not in LABEL_DTYPES:
+        raise TypeError(f"ids: expected {_join(LABEL_DTYPES)}, got {_describe(ids)}")
+    if ids.dim() == 0 or not 1 <= ids.shape[-1] <= most:
+        raise ValueError(f"ids: expected [..., k] with 1 <= k <= {most}, got {_describe(ids)}")
+    shapes = {"log_probs": (log_probs, ids.shape), "log_tail": (log_tail, ids.shape[:-1])}
+    for name, (values, shape) in shapes.items():
+        if values is None and name == "log_tail":
+            continue
+        check_tensor(name, values)
+        assert values is not None
+        if values.dtype not in LOGIT_DTYPES:
+            raise TypeError(f"{name}: expected {_join(LOGIT_DTYPES)}, got {_describe(values)}")
+        if values.shape != shape:
+            raise ValueError(
+                f"{name}: expected {list(shape)}, for ids {_describe(ids)}, got {_describe(values)}"
+            )
+        check_device(name, values, ids, "ids")
+        check_teacher(name, values)
+    if log_tail is not None and outside != "bucket":
+        raise ValueError(
+            f"log_tail: expected None with outside={outside!r}, where the teacher has nothing but "
+            f"its pairs, got {_describe(log_tail)}; use outside='bucket'"
+        )
+
+
+def check_sums(
+    ids: Tensor, log_probs: Tensor, log_tail: Tensor | None, outside: str, tolerance: float
+) -> None:
+    """No ascending id comes twice, and probabilities sum to 1 at most, with a tail to 1: values are
+    read on a CPU only."""
+    if ids.device.type != "cpu" or is_traced(ids, log_probs) or not ids.numel():
+        return
+    largest = torch.iinfo(ids.dtype).max  # of those that are no pair
+    if bool(((ids[..., 1:] == ids[..., :-1]) & (ids[..., 1:] != largest)).any()):
+        raise ValueError("ids: expected ids of which no row has one twice, got one that has")
+    if outside == "renormalise":
+        return
+    logs = log_probs.float()
+    p = logs.exp()
+    total = p.sum(-1)
+    rounding = torch.finfo(log_probs.dtype).eps * (p * logs.clamp(min=-100.0)).abs().sum(-1)
+    if log_tail is not None:
+        total = total + log_tail.float().exp()
+    excess = (total - 1.0).where(ids[..., 0] != largest, 0.0)
+    if bool((excess > tolerance + rounding).any()):
+        raise ValueError(
+            "log_probs: expected probabilities that sum to no more than 1 in each row"
+            f"{' with log_tail' if log_tail is not None else ''}, got a sum of "
+            f"{1.0 + float(excess.max()):.4g}; they are natural logarithms of a softmax"
+        )
+    if log_tail is not None and bool((-excess > tolerance + rounding).any()):
+        raise ValueError(
+            "log_tail: expected ln of the mass of all tokens that are no pair, with which the "
+            f"probabilities of each row sum to 1, got a sum of {1.0 + float(excess.min()):.4g}"
+        )
 
 
 def check_teacher(name: str, teacher: Tensor) -> None:
@@ -66,15 +133,30 @@ def check_teacher(name: str, teacher: Tensor) -> None:
         )
 
 
+def check_no_projection(weight: Tensor | None, bias: Tensor | None) -> None:
+    """A teacher that is pairs has neither a weight nor a bias."""
+    for name, tensor in {"teacher_weight": weight, "teacher_bias": bias}.items():
+        if tensor is not None:
+            raise ValueError(
+                f"{name}: expected None with a SparseTeacher, of which nothing is projected, got "
+                f"{_describe(tensor) if isinstance(tensor, Tensor) else type_of(tensor)}"
+            )
+
+
 def check_projection(
     side: str,
     hidden: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     bias: Tensor | None,
     student_hidden: Tensor,
     autocast: bool,
 ) -> None:
     """hidden @ weight^T + bias of one side can be computed where student_hidden is."""
+    if weight is None:
+        raise TypeError(
+            f"{side}_weight: expected the weight of the lm_head [V, H], which only a SparseTeacher "
+            "does without, got None"
+        )
     tensors = {f"{side}_hidden": hidden, f"{side}_weight": weight}
     if bias is not None:
         tensors[f"{side}_bias"] = bias

@@ -754,6 +754,7 @@ class Rule(NamedTuple):
     teacher_map: LogitMap = LogitMap()
     divergence_weight: float = 1.0  # the loss is the sum of these times the divergence
     label_weight: float = 0.0  # and the cross-entropy of the student at T = 1 with the labels
+    rest: bool = False  # whether the last token of both sides is all others, and in no head
 
     @property
     def needs_labels(self) -> bool:
@@ -776,7 +777,7 @@ class Rule(NamedTuple):
         key, numbers = self.divergence.pack()
         maps = [x or 0.0 for side in (self.student_map, self.teacher_map) for x in side]
         weights = [self.divergence_weight, self.label_weight]
-        return key, [self.temperature, *maps, *weights, *numbers]
+        return key, [self.temperature, *maps, *weights, float(self.rest), *numbers]
 
     @classmethod
     def unpack(cls, key: str, numbers: Sequence[float]) -> Rule:
@@ -791,9 +792,10 @@ RULE_SCHEMA = "str divergence, float[] numbers"
 @functools.lru_cache(maxsize=256)
 def _unpacked(kind: type[Divergence], key: str, numbers: tuple[float, ...]) -> Rule:
     """The rule that `Rule.pack` gave; a step of training has the same one again and again."""
-    temperature, cap_s, scale_s, cap_t, scale_t, *weights = numbers[:7]
+    temperature, cap_s, scale_s, cap_t, scale_t, weight, label_weight, rest = numbers[:8]
     maps = LogitMap(cap_s or None, scale_s), LogitMap(cap_t or None, scale_t)
-    return Rule(_divergence_of(kind, key, numbers[7:]), temperature, *maps, *weights)
+    divergence = _divergence_of(kind, key, numbers[8:])
+    return Rule(divergence, temperature, *maps, weight, label_weight, rest != 0.0)
 
 
 def _divergence_of(kind: type[Divergence], key: str, numbers: Sequence[float]) -> Divergence:

@@ -3,8 +3,8 @@
 Rows are taken a few at a time through a handful of fp32 work spaces that stay in the cache
 (eager_chunks.py), so nothing of the logits' size is ever allocated. A thread takes whole rows, so
 that no two threads ever wait for each other (workers.py). The sums and the gradient of a chunk are
-those of eager_kls.py or eager_terms.py; the head is found in eager_head.py, and eager_labels.py has
-what labels add.
+those of eager_kls.py or eager_terms.py; the head is found in eager_head.py, eager_labels.py has
+what labels add, and eager_pairs.py the student's side of a teacher that is pairs.
 
 Every result is the same for any number of threads, and finite where the logits are. What would not
 be finite in fp32 is held: |ln p - ln q| at `LARGEST_U`, a gradient at the largest number.
@@ -53,6 +53,7 @@ from .eager_labels import (
     softmax_of_labels,
     target_terms,
 )
+from .eager_pairs import entries_of_pairs, gradient_of_pairs
 from .eager_terms import (
     TermsSlope,
     entries_of,
@@ -62,7 +63,7 @@ from .eager_terms import (
     terms_gradient,
     terms_stats,
 )
-from .rows import RowResult, blocks, damping
+from .rows import PairState, RowResult, blocks, damping
 
 # Budget for the temporaries of a call; at least one row is taken.
 TEMPORARY_BYTES = 64 * 2**20
@@ -78,6 +79,7 @@ class _Needs(NamedTuple):
     bytes: int
 
 
+_OF_PAIRS = _Needs(3, 24)
 _OF_TWO_KL = _Needs(4, 36)  # besides the spaces, masks and copies of rows that are scattered
 _OF_OTHERS = _Needs(6, 64)  # also what terms are made of, or a sort and its fp64 sums
 
@@ -182,6 +184,62 @@ def backward(
         _write(of_student, upstream[rows], by_row, rows)
 
     _for_each_chunk(work, student, teacher, valid, _needs(rule))
+    _clear_invalid(by_row, valid)
+
+
+def pairs(
+    student: Tensor,
+    ids: Tensor,
+    teacher: Tensor,
+    valid: Tensor | None,
+    labels: Tensor | None,
+    rule: Rule,
+    state: PairState,
+    with_stats: bool,
+) -> None:
+    """`backend.Backend.pairs`."""
+    student = _merged(student)
+    cross_entropy, rule = cross_entropy_of(labels, rule), rescaled(rule)
+
+    def work(rows: Rows, spaces: Tensor) -> None:
+        made = entries_of_pairs(
+            _take(student, rows), ids[rows], teacher[rows], cross_entropy, rows, rule, spaces,
+            with_stats,
+        )  # fmt: skip
+        state.log_q[rows] = made.log_q
+        state.of_pairs[rows, : len(made.state)] = torch.cat(made.state, dim=-1)
+        state.of_student[rows] = torch.cat(made.of_student, dim=-1)
+
+    state.of_pairs.zero_()  # not all of its columns are written
+    _for_each_chunk(work, student, student, valid, _OF_PAIRS)
+    for rows_of in (state.log_q, state.of_pairs, state.of_student):
+        _clear_invalid(rows_of, valid)
+
+
+def pairs_backward(
+    of_pairs: Tensor,
+    of_label: Tensor | None,
+    student: Tensor,
+    ids: Tensor,
+    valid: Tensor | None,
+    labels: Tensor | None,
+    state: Tensor,
+    rule: Rule,
+    gradient: Tensor,
+) -> None:
+    """`backend.Backend.pairs_backward`."""
+    student, by_row = _merged(student), _merged(gradient)
+    cross_entropy, rule = cross_entropy_of(labels, rule), rescaled(rule)
+
+    def work(rows: Rows, spaces: Tensor) -> None:
+        by_label = None if of_label is None else of_label[rows, None]
+        made = gradient_of_pairs(
+            of_pairs[rows], by_label, _take(student, rows), ids[rows], state[rows], cross_entropy,
+            rows, rule, spaces,
+        )  # fmt: skip
+        _write(made, None, by_row, rows)
+
+    _for_each_chunk(work, student, student, valid, _OF_PAIRS)
     _clear_invalid(by_row, valid)
 
 
@@ -404,10 +462,15 @@ def _clear_invalid(x: Tensor, valid: Tensor | None) -> None:
         x.masked_fill_(invalid.view(*invalid.shape, *[1] * (x.dim() - invalid.dim())), 0.0)
 
 
-def _write(gradient: Tensor, upstream: Tensor, out: Tensor, rows: Rows) -> None:
-    """The rows of out [outer, inner, V_s] = upstream * gradient. Uses up the gradient."""
+def _write(gradient: Tensor, upstream: Tensor | None, out: Tensor, rows: Rows) -> None:
+    """The rows of out [outer, inner, V_s] = upstream, if any, * gradient. Uses up the gradient."""
     view = _view(out, rows)
-    if view is None:
+    if upstream is None:
+        if view is None:
+            out[_places(out, rows)] = gradient.to(out.dtype)
+        else:
+            view.copy_(gradient)
+    elif view is None:
         out[_places(out, rows)] = gradient.mul_(upstream.float()[:, None]).to(out.dtype)
     elif out.dtype == gradient.dtype:
         torch.mul(gradient, upstream.float()[:, None], out=view)

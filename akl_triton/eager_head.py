@@ -29,13 +29,15 @@ def head_sums(
     """
     divergence = rule.divergence
     assert isinstance(divergence, AdaptiveKL)
+    ranked_tokens = teacher.shape[-1] - rule.rest  # the rest is in no head
+    teacher = teacher[:, :ranked_tokens]
     # Metal has no fp64; its fp32 sums blur the boundary by a few more roundings.
     wide = torch.float32 if teacher.device.type == "mps" else torch.float64
     target = divergence.mu * z_t.to(wide)
-    spare = chunk.spare[:, :, : chunk.p.shape[-1]]
-    distance = spare[0]
+    spare = chunk.spare[:, :, :ranked_tokens]
+    p, distance = chunk.p[:, :ranked_tokens], spare[0]
     none = torch.zeros_like(target)
-    window = _Window(teacher, chunk.p, distance, count_above=none, mass_above=none, gap_above=none)
+    window = _Window(teacher, p, distance, count_above=none, mass_above=none, gap_above=none)
     while sync_is_free(teacher) and (width := window.logits.shape[-1]) >= 4 * SAMPLE:
         narrower = _narrow(window, target, spare[1:, :, :width])
         if narrower is None:

@@ -52,7 +52,7 @@ def statistics_of_sides(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The entropies of q and p, and whether some token is a most probable one of both; [R, 1]."""
     of_student, of_teacher = (
-        _entropy(masses, masses.sum(-1, keepdim=True), out=chunk.spare[-1])
+        entropy_of(masses, masses.sum(-1, keepdim=True), out=chunk.spare[-1])
         for masses in (chunk.q, chunk.p)
     )
     shared = chunk.d.shape[-1]
@@ -65,7 +65,7 @@ def statistics_of_sides(
     return student_entropy, teacher_entropy, agreement
 
 
-def _entropy(masses: Tensor, z: Tensor, out: Tensor) -> Tensor:
+def entropy_of(masses: Tensor, z: Tensor, out: Tensor) -> Tensor:
     """[R, 1] of masses [R, V] that sum to z, by way of a work space of at least that width."""
     share = torch.div(masses, z, out=out[:, : masses.shape[-1]])
     torch.special.entr(share, out=share)
@@ -140,7 +140,7 @@ def kl_divergence(
         gap = distance.sum(-1, keepdim=True) + only_student
 
     if isinstance(rule.divergence, EntropySwitch):
-        w = (_entropy(p, z_t, out=spare[-1]) > rule.divergence.tau).float()
+        w = (entropy_of(p, z_t, out=spare[-1]) > rule.divergence.tau).float()
     elif weight is None:
         g_head, mass, size = head_sums(chunk, teacher, max_t, z_t, rule)
         w = torch.where(gap == 0.0, 0.5, g_head / gap).clamp(max=1.0)

@@ -42,7 +42,7 @@ def row_cross_entropy(
     """Cross-entropy at T = 1 and the denominator of its softmax, each [R, 1]; NaN and 1 without."""
     if cross_entropy is None:
         return torch.full_like(max_s, torch.nan), torch.ones_like(max_s)
-    token, known = _tokens(cross_entropy.labels, rows, student.shape[-1])
+    token, known = tokens_of(cross_entropy.labels, rows, student.shape[-1])
     of_label = torch.empty_like(max_s)
     below_maximum(student.gather(-1, token), max_s, rule.student_map, out=of_label)
     z_1 = softmax_of_labels(chunk, student, max_s, cross_entropy, rule).sum(-1, keepdim=True)
@@ -61,7 +61,7 @@ def softmax_of_labels(
     return space.mul_(LOG2_E * cross_entropy.unit).exp2_()
 
 
-def _tokens(labels: Tensor, rows: Rows, vocabulary: int) -> tuple[Tensor, Tensor]:
+def tokens_of(labels: Tensor, rows: Rows, vocabulary: int) -> tuple[Tensor, Tensor]:
     """[R, 1] int64 tokens, and whether they are tokens of the student."""
     token = labels[rows, None].long()
     known = (token >= 0) & (token < vocabulary)
@@ -82,7 +82,7 @@ def add_label_gradient(
 
     Where that softmax is q, the gradient of the divergence has the first term already."""
     rate = cross_entropy.weight * cross_entropy.unit * rule.student_map.scale
-    token, known = _tokens(cross_entropy.labels, rows, student.shape[-1])
+    token, known = tokens_of(cross_entropy.labels, rows, student.shape[-1])
     of_label = torch.full_like(max_s, -rate)
     if rule.student_map.softcap is not None:
         of_label *= softcap_slope(student.gather(-1, token), rule.student_map)
@@ -109,7 +109,7 @@ def label_apart(
     student: Tensor, teacher: Tensor, labels: Tensor, rows: Rows
 ) -> tuple[Label, Tensor, Tensor]:
     """The label's token, and copies of both sides [R, V] without it, where it is -inf."""
-    token, known = _tokens(labels, rows, student.shape[-1])
+    token, known = tokens_of(labels, rows, student.shape[-1])
 
     def split(x: Tensor) -> tuple[Tensor, Tensor]:
         logit = x.gather(-1, token.clamp(max=x.shape[-1] - 1))

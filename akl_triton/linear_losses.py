@@ -22,37 +22,38 @@ from .divergences import (
     resolve,
 )
 from .linear_ops import Plan, Sides, default_chunk_bytes, is_late, linear_divergence
-from .losses import LossAndStats, rows_that_count, rule_of, stats_of
+from .losses import LossAndStats, of_pairs, rows_that_count, rule_of, stats_of
 from .options import LINEAR_LOSS_OPTIONS, LinearLossOptions, completed, documented, resolved
+from .sparse import SparseTeacher
 
 
 @overload
 def linear_distillation_loss(
-    student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor,
-    labels: Tensor | None = None, *, divergence: Divergence | str = ...,
-    return_stats: Literal[False] = False,
+    student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor | SparseTeacher,
+    teacher_weight: Tensor | None = None, labels: Tensor | None = None, *,
+    divergence: Divergence | str = ..., return_stats: Literal[False] = False,
     **options: Unpack[LinearLossOptions],
 ) -> Tensor: ...  # fmt: skip
 @overload
 def linear_distillation_loss(
-    student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor,
-    labels: Tensor | None = None, *, divergence: Divergence | str = ...,
-    return_stats: Literal[True],
+    student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor | SparseTeacher,
+    teacher_weight: Tensor | None = None, labels: Tensor | None = None, *,
+    divergence: Divergence | str = ..., return_stats: Literal[True],
     **options: Unpack[LinearLossOptions],
 ) -> LossAndStats: ...  # fmt: skip
 @overload
 def linear_distillation_loss(
-    student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor,
-    labels: Tensor | None = None, *, divergence: Divergence | str = ...,
-    return_stats: bool,
+    student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor | SparseTeacher,
+    teacher_weight: Tensor | None = None, labels: Tensor | None = None, *,
+    divergence: Divergence | str = ..., return_stats: bool,
     **options: Unpack[LinearLossOptions],
 ) -> Tensor | LossAndStats: ...  # fmt: skip
 @documented(LinearLossOptions)
 def linear_distillation_loss(
     student_hidden: Tensor,
     student_weight: Tensor,
-    teacher_hidden: Tensor,
-    teacher_weight: Tensor,
+    teacher_hidden: Tensor | SparseTeacher,
+    teacher_weight: Tensor | None = None,
     labels: Tensor | None = None,
     *,
     divergence: Divergence | str = AdaptiveKL(),  # noqa: B008 - it is frozen
@@ -69,7 +70,8 @@ def linear_distillation_loss(
     Args:
         student_hidden: ``[..., H_s]``, what the model's lm_head is applied to.
         student_weight: ``[V_s, H_s]``, the weight of the lm_head, also where it is the embedding.
-        teacher_hidden, teacher_weight: ``[..., H_t]``, ``[V_t, H_t]``.
+        teacher_hidden, teacher_weight: ``[..., H_t]``, ``[V_t, H_t]``. Or a `SparseTeacher` in the
+            place of teacher_hidden, and no weight: nothing of the teacher is then projected.
         labels: ``[...]``; the tokens that they ignore are left out of the products and cost
             nothing.
         divergence: a member of the family, or its name, such as "reverse_kl".
@@ -129,15 +131,13 @@ def linear_distillation_loss(
     """
     return _loss(
         "linear_distillation_loss",
-        Sides(
-            student_hidden, student_weight, options.get("student_bias"),
-            teacher_hidden, teacher_weight, options.get("teacher_bias"),
-        ),
+        (student_hidden, student_weight, options.get("student_bias")),
+        (teacher_hidden, teacher_weight, options.get("teacher_bias")),
         labels,
         resolve(divergence),
         return_stats,
         options,
-    )  # fmt: skip
+    )
 
 
 class LinearAdaptiveKLOptions(LinearLossOptions, total=False):
@@ -156,22 +156,22 @@ class LinearJensenShannonOptions(LinearLossOptions, total=False):
 
 @overload
 def linear_adaptive_kl(
-    student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor,
-    labels: Tensor | None = None, *, return_stats: Literal[False] = False,
-    **options: Unpack[LinearAdaptiveKLOptions],
+    student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor | SparseTeacher,
+    teacher_weight: Tensor | None = None, labels: Tensor | None = None, *,
+    return_stats: Literal[False] = False, **options: Unpack[LinearAdaptiveKLOptions],
 ) -> Tensor: ...  # fmt: skip
 @overload
 def linear_adaptive_kl(
-    student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor,
-    labels: Tensor | None = None, *, return_stats: Literal[True],
-    **options: Unpack[LinearAdaptiveKLOptions],
+    student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor | SparseTeacher,
+    teacher_weight: Tensor | None = None, labels: Tensor | None = None, *,
+    return_stats: Literal[True], **options: Unpack[LinearAdaptiveKLOptions],
 ) -> LossAndStats: ...  # fmt: skip
 @documented(LinearLossOptions, AdaptiveKL)
 def linear_adaptive_kl(
     student_hidden: Tensor,
     student_weight: Tensor,
-    teacher_hidden: Tensor,
-    teacher_weight: Tensor,
+    teacher_hidden: Tensor | SparseTeacher,
+    teacher_weight: Tensor | None = None,
     labels: Tensor | None = None,
     *,
     return_stats: bool = False,
@@ -194,35 +194,33 @@ def linear_adaptive_kl(
     """
     return _loss(
         "linear_adaptive_kl",
-        Sides(
-            student_hidden, student_weight, options.get("student_bias"),
-            teacher_hidden, teacher_weight, options.get("teacher_bias"),
-        ),
+        (student_hidden, student_weight, options.get("student_bias")),
+        (teacher_hidden, teacher_weight, options.get("teacher_bias")),
         labels,
         AdaptiveKL,
         return_stats,
         options,
-    )  # fmt: skip
+    )
 
 
 @overload
 def linear_forward_kl(
-    student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor,
-    labels: Tensor | None = None, *, return_stats: Literal[False] = False,
-    **options: Unpack[LinearLossOptions],
+    student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor | SparseTeacher,
+    teacher_weight: Tensor | None = None, labels: Tensor | None = None, *,
+    return_stats: Literal[False] = False, **options: Unpack[LinearLossOptions],
 ) -> Tensor: ...  # fmt: skip
 @overload
 def linear_forward_kl(
-    student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor,
-    labels: Tensor | None = None, *, return_stats: Literal[True],
-    **options: Unpack[LinearLossOptions],
+    student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor | SparseTeacher,
+    teacher_weight: Tensor | None = None, labels: Tensor | None = None, *,
+    return_stats: Literal[True], **options: Unpack[LinearLossOptions],
 ) -> LossAndStats: ...  # fmt: skip
 @documented(LinearLossOptions, ForwardKL)
 def linear_forward_kl(
     student_hidden: Tensor,
     student_weight: Tensor,
-    teacher_hidden: Tensor,
-    teacher_weight: Tensor,
+    teacher_hidden: Tensor | SparseTeacher,
+    teacher_weight: Tensor | None = None,
     labels: Tensor | None = None,
     *,
     return_stats: bool = False,
@@ -245,35 +243,33 @@ def linear_forward_kl(
     """
     return _loss(
         "linear_forward_kl",
-        Sides(
-            student_hidden, student_weight, options.get("student_bias"),
-            teacher_hidden, teacher_weight, options.get("teacher_bias"),
-        ),
+        (student_hidden, student_weight, options.get("student_bias")),
+        (teacher_hidden, teacher_weight, options.get("teacher_bias")),
         labels,
         ForwardKL,
         return_stats,
         options,
-    )  # fmt: skip
+    )
 
 
 @overload
 def linear_reverse_kl(
-    student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor,
-    labels: Tensor | None = None, *, return_stats: Literal[False] = False,
-    **options: Unpack[LinearLossOptions],
+    student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor | SparseTeacher,
+    teacher_weight: Tensor | None = None, labels: Tensor | None = None, *,
+    return_stats: Literal[False] = False, **options: Unpack[LinearLossOptions],
 ) -> Tensor: ...  # fmt: skip
 @overload
 def linear_reverse_kl(
-    student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor,
-    labels: Tensor | None = None, *, return_stats: Literal[True],
-    **options: Unpack[LinearLossOptions],
+    student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor | SparseTeacher,
+    teacher_weight: Tensor | None = None, labels: Tensor | None = None, *,
+    return_stats: Literal[True], **options: Unpack[LinearLossOptions],
 ) -> LossAndStats: ...  # fmt: skip
 @documented(LinearLossOptions, ReverseKL)
 def linear_reverse_kl(
     student_hidden: Tensor,
     student_weight: Tensor,
-    teacher_hidden: Tensor,
-    teacher_weight: Tensor,
+    teacher_hidden: Tensor | SparseTeacher,
+    teacher_weight: Tensor | None = None,
     labels: Tensor | None = None,
     *,
     return_stats: bool = False,
@@ -296,35 +292,33 @@ def linear_reverse_kl(
     """
     return _loss(
         "linear_reverse_kl",
-        Sides(
-            student_hidden, student_weight, options.get("student_bias"),
-            teacher_hidden, teacher_weight, options.get("teacher_bias"),
-        ),
+        (student_hidden, student_weight, options.get("student_bias")),
+        (teacher_hidden, teacher_weight, options.get("teacher_bias")),
         labels,
         ReverseKL,
         return_stats,
         options,
-    )  # fmt: skip
+    )
 
 
 @overload
 def linear_mixed_kl(
-    student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor,
-    labels: Tensor | None = None, *, return_stats: Literal[False] = False,
-    **options: Unpack[LinearMixedKLOptions],
+    student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor | SparseTeacher,
+    teacher_weight: Tensor | None = None, labels: Tensor | None = None, *,
+    return_stats: Literal[False] = False, **options: Unpack[LinearMixedKLOptions],
 ) -> Tensor: ...  # fmt: skip
 @overload
 def linear_mixed_kl(
-    student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor,
-    labels: Tensor | None = None, *, return_stats: Literal[True],
-    **options: Unpack[LinearMixedKLOptions],
+    student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor | SparseTeacher,
+    teacher_weight: Tensor | None = None, labels: Tensor | None = None, *,
+    return_stats: Literal[True], **options: Unpack[LinearMixedKLOptions],
 ) -> LossAndStats: ...  # fmt: skip
 @documented(LinearLossOptions, MixedKL)
 def linear_mixed_kl(
     student_hidden: Tensor,
     student_weight: Tensor,
-    teacher_hidden: Tensor,
-    teacher_weight: Tensor,
+    teacher_hidden: Tensor | SparseTeacher,
+    teacher_weight: Tensor | None = None,
     labels: Tensor | None = None,
     *,
     return_stats: bool = False,
@@ -347,35 +341,33 @@ def linear_mixed_kl(
     """
     return _loss(
         "linear_mixed_kl",
-        Sides(
-            student_hidden, student_weight, options.get("student_bias"),
-            teacher_hidden, teacher_weight, options.get("teacher_bias"),
-        ),
+        (student_hidden, student_weight, options.get("student_bias")),
+        (teacher_hidden, teacher_weight, options.get("teacher_bias")),
         labels,
         MixedKL,
         return_stats,
         options,
-    )  # fmt: skip
+    )
 
 
 @overload
 def linear_jensen_shannon(
-    student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor,
-    labels: Tensor | None = None, *, return_stats: Literal[False] = False,
-    **options: Unpack[LinearJensenShannonOptions],
+    student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor | SparseTeacher,
+    teacher_weight: Tensor | None = None, labels: Tensor | None = None, *,
+    return_stats: Literal[False] = False, **options: Unpack[LinearJensenShannonOptions],
 ) -> Tensor: ...  # fmt: skip
 @overload
 def linear_jensen_shannon(
-    student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor,
-    labels: Tensor | None = None, *, return_stats: Literal[True],
-    **options: Unpack[LinearJensenShannonOptions],
+    student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor | SparseTeacher,
+    teacher_weight: Tensor | None = None, labels: Tensor | None = None, *,
+    return_stats: Literal[True], **options: Unpack[LinearJensenShannonOptions],
 ) -> LossAndStats: ...  # fmt: skip
 @documented(LinearLossOptions, JensenShannon)
 def linear_jensen_shannon(
     student_hidden: Tensor,
     student_weight: Tensor,
-    teacher_hidden: Tensor,
-    teacher_weight: Tensor,
+    teacher_hidden: Tensor | SparseTeacher,
+    teacher_weight: Tensor | None = None,
     labels: Tensor | None = None,
     *,
     return_stats: bool = False,
@@ -398,20 +390,19 @@ def linear_jensen_shannon(
     """
     return _loss(
         "linear_jensen_shannon",
-        Sides(
-            student_hidden, student_weight, options.get("student_bias"),
-            teacher_hidden, teacher_weight, options.get("teacher_bias"),
-        ),
+        (student_hidden, student_weight, options.get("student_bias")),
+        (teacher_hidden, teacher_weight, options.get("teacher_bias")),
         labels,
         JensenShannon,
         return_stats,
         options,
-    )  # fmt: skip
+    )
 
 
 def _loss(
     function: str,
-    sides: Sides,
+    of_student: tuple[Tensor, Tensor, Tensor | None],
+    of_teacher: tuple[Tensor | SparseTeacher, Tensor | None, Tensor | None],
     labels: Tensor | None,
     divergence: Divergence | type[Divergence],
     return_stats: bool,
@@ -425,11 +416,19 @@ def _loss(
     rule = rule_of(divergence, options)
     reduction, shift = options["reduction"], options["shift"]
     chunk_bytes = options["chunk_bytes"]
-    student, student_weight, student_bias, teacher, *_ = sides
+    student, student_weight, student_bias = of_student
     checks.check_tensor("student_hidden", student)
     autocast = _autocast_dtype(student.device.type)
-    checks.check_projection("student", *sides[:3], student, autocast is not None)
-    checks.check_projection("teacher", *sides[3:], student, autocast is not None)
+    checks.check_projection("student", *of_student, student, autocast is not None)
+    teacher, teacher_weight, teacher_bias = of_teacher
+    ids: Tensor | None = None
+    if isinstance(teacher, SparseTeacher):
+        checks.check_no_projection(teacher_weight, teacher_bias)
+        rule, ids, entries = of_pairs("teacher_hidden", teacher, "student_hidden", student, rule)
+        teacher = entries[0]
+    else:
+        checks.check_projection("teacher", teacher, *of_teacher[1:], student, autocast is not None)
+    sides = Sides(*of_student, teacher, teacher_weight, teacher_bias, ids)
     of_tokens = labels, options["mask"], options["token_weights"]
     checks.check_tokens(*of_tokens, shift, student, of="student_hidden")
     checks.check_targets(

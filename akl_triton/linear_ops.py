@@ -48,14 +48,16 @@ def chunk_rows(chunk_bytes: int, row_bytes: int) -> int:
 
 
 class Sides(NamedTuple):
-    """The six tensors of the products, in the order of the operators' arguments."""
+    """The tensors of both sides, in the order of the operators' arguments. Of a teacher that is
+    pairs there is no product: see `BackendOfPairs`."""
 
     student_hidden: Tensor  # [N, H_s], or [..., H_s] at the door
     student_weight: Tensor  # [V_s, H_s]
     student_bias: Tensor | None  # [V_s]
-    teacher_hidden: Tensor  # [N, H_t]
-    teacher_weight: Tensor  # [V_t, H_t]
+    teacher_hidden: Tensor  # [N, H_t], or the entries of pairs [N, k + 1]
+    teacher_weight: Tensor | None  # [V_t, H_t]
     teacher_bias: Tensor | None  # [V_t]
+    ids: Tensor | None = None  # [N, k] of pairs
 
 
 class Plan(NamedTuple):
@@ -73,6 +75,8 @@ class Plan(NamedTuple):
     def bytes_per_row(self, sides: Sides) -> int:
         """Bytes that the logits of one token take on both sides."""
         student = sides.student_weight.shape[0] * self.student_dtype.itemsize
+        if sides.teacher_weight is None:
+            return student
         return student + sides.teacher_weight.shape[0] * self.teacher_dtype.itemsize
 
     @property
@@ -105,7 +109,7 @@ WAITS = torch.Tag.cudagraph_unsafe
 # losses, Plan, Rule.
 _ARGUMENTS = f"""
     Tensor student_hidden, Tensor student_weight, Tensor? student_bias,
-    Tensor teacher_hidden, Tensor teacher_weight, Tensor? teacher_bias,
+    Tensor teacher_hidden, Tensor? teacher_weight, Tensor? teacher_bias, Tensor? ids,
     Tensor? valid, Tensor? labels, Tensor factor,
     ScalarType student_dtype, ScalarType teacher_dtype, ScalarType accum_dtype,
     SymInt chunk_bytes, bool hidden_gradient, bool weight_gradient, bool bias_gradient, str backend,
@@ -288,12 +292,12 @@ def _sweep(
     counting = None if valid is None else valid.nonzero().flatten()
     count = n if counting is None else len(counting)
     step = min(chunk_rows(plan.chunk_bytes, plan.bytes_per_row(sides)), count)
-    weights = (
-        sides.student_weight.to(plan.student_dtype),
-        sides.teacher_weight.to(plan.teacher_dtype),
-    )
-    buffers = [weight.new_empty(step, weight.shape[0]) for weight in weights]
-    backend = backend_of(plan.backend)
+    weight = sides.student_weight.to(plan.student_dtype)
+    logits = weight.new_empty(step, weight.shape[0])
+    teacher_weight, teacher_logits = sides.teacher_weight, None
+    if teacher_weight is not None:
+        teacher_weight = teacher_weight.to(plan.teacher_dtype)
+        teacher_logits = teacher_weight.new_empty(step, teacher_weight.shape[0])
     scale = factor.expand(n) if upstream is None else factor * upstream
     if damped:
         scale = scale * (plan.room(rule) / _base(factor))
@@ -301,11 +305,14 @@ def _sweep(
         end = min(start + step, count)
         rows = slice(start, end) if counting is None else counting[start:end]
         h = student[rows].to(plan.student_dtype)
-        s, t = (buffer[: end - start] for buffer in buffers)
-        _project(h, weights[0], sides.student_bias, out=s)
-        _project(teacher[rows].to(plan.teacher_dtype), weights[1], sides.teacher_bias, out=t)
-        result = empty_result(s[None], with_stats)
-        backend.forward(
+        s, t = logits[: end - start], teacher[rows]
+        _project(h, weight, sides.student_bias, out=s)
+        if teacher_weight is not None and teacher_logits is not None:
+            hidden, t = t.to(plan.teacher_dtype), teacher_logits[: end - start]
+            _project(hidden, teacher_weight, sides.teacher_bias, out=t)
+        ids = None if sides.ids is None else sides.ids[rows]
+        result = empty_result(s[None], with_stats, ids)
+        backend_of(plan.backend, ids).forward(
             s[None],
             t[None],
             None,
@@ -320,7 +327,7 @@ def _sweep(
         if with_stats:
             stats[rows] = result.stats
         if plan.hidden_gradient:
-            d_hidden[rows] = s @ weights[0]
+            d_hidden[rows] = s @ weight
         undamping = None
         if damped:
             row_dampings = damping(result.loss)

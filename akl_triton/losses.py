@@ -25,6 +25,7 @@ from .divergences import (
 )
 from .options import LOSS_OPTIONS, LossOptions, completed, documented, resolved
 from .rows import LogitMap, as_rows
+from .sparse import SparseTeacher, check_supported
 
 
 class DivergenceStats(NamedTuple):
@@ -67,26 +68,29 @@ LossAndStats: TypeAlias = tuple[Tensor, DivergenceStats]
 
 @overload
 def distillation_loss(
-    student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None = None, *,
+    student_logits: Tensor, teacher_logits: Tensor | SparseTeacher,
+    labels: Tensor | None = None, *,
     divergence: Divergence | str = ..., return_stats: Literal[False] = False,
     **options: Unpack[LossOptions],
 ) -> Tensor: ...  # fmt: skip
 @overload
 def distillation_loss(
-    student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None = None, *,
+    student_logits: Tensor, teacher_logits: Tensor | SparseTeacher,
+    labels: Tensor | None = None, *,
     divergence: Divergence | str = ..., return_stats: Literal[True],
     **options: Unpack[LossOptions],
 ) -> LossAndStats: ...  # fmt: skip
 @overload
 def distillation_loss(
-    student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None = None, *,
+    student_logits: Tensor, teacher_logits: Tensor | SparseTeacher,
+    labels: Tensor | None = None, *,
     divergence: Divergence | str = ..., return_stats: bool,
     **options: Unpack[LossOptions],
 ) -> Tensor | LossAndStats: ...  # fmt: skip
 @documented(LossOptions)
 def distillation_loss(
     student_logits: Tensor,
-    teacher_logits: Tensor,
+    teacher_logits: Tensor | SparseTeacher,
     labels: Tensor | None = None,
     *,
     divergence: Divergence | str = AdaptiveKL(),  # noqa: B008 - it is frozen
@@ -104,7 +108,7 @@ def distillation_loss(
     Args:
         student_logits: ``[..., V_s]``.
         teacher_logits: ``[..., V_t]``; where V_s != V_t, what one side has more is -inf on the
-            other.
+            other. Or a `SparseTeacher`, of k tokens a position.
         labels: ``[...]``. Tokens whose label is ``ignore_index`` count nowhere, and give exactly 0
             loss and gradient whatever their logits hold. Other labels are read only where the loss
             needs them, with ``kd_ratio`` < 1 and for `DKD`: then they have to be tokens.
@@ -170,18 +174,20 @@ class JensenShannonOptions(LossOptions, total=False):
 
 @overload
 def adaptive_kl(
-    student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None = None, *,
+    student_logits: Tensor, teacher_logits: Tensor | SparseTeacher,
+    labels: Tensor | None = None, *,
     return_stats: Literal[False] = False, **options: Unpack[AdaptiveKLOptions],
 ) -> Tensor: ...  # fmt: skip
 @overload
 def adaptive_kl(
-    student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None = None, *,
+    student_logits: Tensor, teacher_logits: Tensor | SparseTeacher,
+    labels: Tensor | None = None, *,
     return_stats: Literal[True], **options: Unpack[AdaptiveKLOptions],
 ) -> LossAndStats: ...  # fmt: skip
 @documented(LossOptions, AdaptiveKL)
 def adaptive_kl(
     student_logits: Tensor,
-    teacher_logits: Tensor,
+    teacher_logits: Tensor | SparseTeacher,
     labels: Tensor | None = None,
     *,
     return_stats: bool = False,
@@ -208,18 +214,20 @@ def adaptive_kl(
 
 @overload
 def forward_kl(
-    student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None = None, *,
+    student_logits: Tensor, teacher_logits: Tensor | SparseTeacher,
+    labels: Tensor | None = None, *,
     return_stats: Literal[False] = False, **options: Unpack[LossOptions],
 ) -> Tensor: ...  # fmt: skip
 @overload
 def forward_kl(
-    student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None = None, *,
+    student_logits: Tensor, teacher_logits: Tensor | SparseTeacher,
+    labels: Tensor | None = None, *,
     return_stats: Literal[True], **options: Unpack[LossOptions],
 ) -> LossAndStats: ...  # fmt: skip
 @documented(LossOptions, ForwardKL)
 def forward_kl(
     student_logits: Tensor,
-    teacher_logits: Tensor,
+    teacher_logits: Tensor | SparseTeacher,
     labels: Tensor | None = None,
     *,
     return_stats: bool = False,
@@ -246,18 +254,20 @@ def forward_kl(
 
 @overload
 def reverse_kl(
-    student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None = None, *,
+    student_logits: Tensor, teacher_logits: Tensor | SparseTeacher,
+    labels: Tensor | None = None, *,
     return_stats: Literal[False] = False, **options: Unpack[LossOptions],
 ) -> Tensor: ...  # fmt: skip
 @overload
 def reverse_kl(
-    student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None = None, *,
+    student_logits: Tensor, teacher_logits: Tensor | SparseTeacher,
+    labels: Tensor | None = None, *,
     return_stats: Literal[True], **options: Unpack[LossOptions],
 ) -> LossAndStats: ...  # fmt: skip
 @documented(LossOptions, ReverseKL)
 def reverse_kl(
     student_logits: Tensor,
-    teacher_logits: Tensor,
+    teacher_logits: Tensor | SparseTeacher,
     labels: Tensor | None = None,
     *,
     return_stats: bool = False,
@@ -284,18 +294,20 @@ def reverse_kl(
 
 @overload
 def mixed_kl(
-    student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None = None, *,
+    student_logits: Tensor, teacher_logits: Tensor | SparseTeacher,
+    labels: Tensor | None = None, *,
     return_stats: Literal[False] = False, **options: Unpack[MixedKLOptions],
 ) -> Tensor: ...  # fmt: skip
 @overload
 def mixed_kl(
-    student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None = None, *,
+    student_logits: Tensor, teacher_logits: Tensor | SparseTeacher,
+    labels: Tensor | None = None, *,
     return_stats: Literal[True], **options: Unpack[MixedKLOptions],
 ) -> LossAndStats: ...  # fmt: skip
 @documented(LossOptions, MixedKL)
 def mixed_kl(
     student_logits: Tensor,
-    teacher_logits: Tensor,
+    teacher_logits: Tensor | SparseTeacher,
     labels: Tensor | None = None,
     *,
     return_stats: bool = False,
@@ -320,18 +332,20 @@ def mixed_kl(
 
 @overload
 def jensen_shannon(
-    student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None = None, *,
+    student_logits: Tensor, teacher_logits: Tensor | SparseTeacher,
+    labels: Tensor | None = None, *,
     return_stats: Literal[False] = False, **options: Unpack[JensenShannonOptions],
 ) -> Tensor: ...  # fmt: skip
 @overload
 def jensen_shannon(
-    student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None = None, *,
+    student_logits: Tensor, teacher_logits: Tensor | SparseTeacher,
+    labels: Tensor | None = None, *,
     return_stats: Literal[True], **options: Unpack[JensenShannonOptions],
 ) -> LossAndStats: ...  # fmt: skip
 @documented(LossOptions, JensenShannon)
 def jensen_shannon(
     student_logits: Tensor,
-    teacher_logits: Tensor,
+    teacher_logits: Tensor | SparseTeacher,
     labels: Tensor | None = None,
     *,
     return_stats: bool = False,
@@ -365,7 +379,7 @@ def jensen_shannon(
 def _loss(
     function: str,
     student: Tensor,
-    teacher: Tensor,
+    teacher: Tensor | SparseTeacher,
     labels: Tensor | None,
     divergence: Divergence | type[Divergence],
     return_stats: bool,
@@ -378,7 +392,12 @@ def _loss(
     checks.check_flag("return_stats", return_stats)
     rule = rule_of(divergence, options)
     inplace, reduction, shift = options["inplace"], options["reduction"], options["shift"]
-    checks.check_logits(student, teacher)
+    ids: Tensor | None = None
+    if isinstance(teacher, SparseTeacher):
+        checks.check_vocabulary("student_logits", student)
+        rule, ids, teacher = of_pairs("teacher_logits", teacher, "student_logits", student, rule)
+    else:
+        checks.check_logits(student, teacher)
     checks.check_tokens(labels, options["mask"], options["token_weights"], shift, student)
     checks.check_targets(labels, options["mask"], rule, options["ignore_index"], student.shape[-1])
     items = checks.check_num_items(options["num_items"], reduction, student)
@@ -386,21 +405,21 @@ def _loss(
     if inplace:
         checks.check_inplace(student, teacher)
     elif wants_gradient:
-        checks.check_can_be_saved("teacher_logits", teacher)
+        checks.check_can_be_saved("teacher_logits", teacher if ids is None else ids)
     backend = resolve_backend(options["backend"], student.device.type)
 
     tokens = student.shape[:-1]
     valid, targets, factor = rows_that_count(tokens, labels, rule, options, items)
-    rows_s, rows_t = as_rows(student, teacher)
+    rows_s, rows_t = as_rows(student, teacher) if ids is None else (*as_rows(student), teacher)
     if inplace and wants_gradient:
         # Multiplied, not copied to the device: a copy would wait for it.
         scale = torch.ones((), dtype=torch.float32, device=student.device) * factor
         loss, stats = ops.InPlaceDivergence.apply(  # type: ignore[no-untyped-call]
-            rows_s, rows_t, valid, targets, scale, rule, return_stats, backend
+            rows_s, rows_t, ids, valid, targets, scale, rule, return_stats, backend
         )
     else:
         loss, _, stats = ops.divergence(
-            rows_s, rows_t, valid, targets, return_stats, backend, *rule.pack()
+            rows_s, rows_t, ids, valid, targets, return_stats, backend, *rule.pack()
         )
         loss = loss * factor
     loss = loss.view(tokens) if reduction == "none" else loss.sum()
@@ -417,6 +436,36 @@ def rule_of(divergence: Divergence, options: Any) -> Rule:
         LogitMap(options["teacher_softcap"], options["teacher_logit_scale"]),
         divergence_weight=kd_ratio * (temperature**2 if options["scale_by_t2"] else 1.0),
         label_weight=1.0 - kd_ratio,
+    )
+
+
+def of_pairs(
+    name: str, teacher: SparseTeacher, student_name: str, student: Tensor, rule: Rule
+) -> tuple[Rule, Tensor, Tensor]:
+    """The rule, the ids [N, k] and the entries [1, N, k + 1] of a teacher that is pairs."""
+    check_supported(rule.divergence, teacher.outside)
+    if rule.temperature != teacher.temperature:
+        raise ValueError(
+            f"temperature: expected {teacher.temperature:g}, that of the pairs in {name}, got "
+            f"{rule.temperature:g}; store log-probabilities of that temperature"
+        )
+    if rule.teacher_map != LogitMap():
+        raise ValueError(
+            "teacher_softcap, teacher_logit_scale: expected None and 1 with a SparseTeacher, whose "
+            f"log_probs have them, got {rule.teacher_map.softcap} and {rule.teacher_map.scale:g}"
+        )
+    if teacher.shape != student.shape[:-1]:
+        raise ValueError(
+            f"{name}: expected the leading dimensions of {student_name}, "
+            f"{list(student.shape[:-1])}, got a SparseTeacher of {list(teacher.shape)}"
+        )
+    checks.check_device(name, teacher.ids, student, student_name)
+    k = teacher.ids.shape[-1]
+    entries = teacher.entries().reshape(1, -1, k + 1)
+    return (
+        rule._replace(rest=teacher.outside != "renormalise"),
+        teacher.ids.reshape(-1, k).contiguous(),
+        entries.contiguous(),
     )
 
 

@@ -22,6 +22,7 @@ from .options import (
     Reduction,
     resolved,
 )
+from .sparse import SparseTeacher
 
 
 class _DivergenceLoss(_Loss):
@@ -83,14 +84,14 @@ class DistillationLoss(_DivergenceLoss):
     def forward(
         self,
         student_logits: Tensor,
-        teacher_logits: Tensor,
+        teacher_logits: Tensor | SparseTeacher,
         labels: Tensor | None = None,
         *,
         mask: Tensor | None = None,
         token_weights: Tensor | None = None,
         num_items: float | Tensor | None = None,
     ) -> Tensor | LossAndStats:
-        """The loss of student_logits [..., V_s] against teacher_logits [..., V_t]."""
+        """The loss of student_logits [..., V_s] against teacher_logits [..., V_t] or pairs."""
         return distillation_loss(
             student_logits,
             teacher_logits,
@@ -151,8 +152,8 @@ class LinearDistillationLoss(_DivergenceLoss):
         self,
         student_hidden: Tensor,
         student_weight: Tensor,
-        teacher_hidden: Tensor,
-        teacher_weight: Tensor,
+        teacher_hidden: Tensor | SparseTeacher,
+        teacher_weight: Tensor | None = None,
         labels: Tensor | None = None,
         *,
         student_bias: Tensor | None = None,
@@ -161,7 +162,8 @@ class LinearDistillationLoss(_DivergenceLoss):
         token_weights: Tensor | None = None,
         num_items: float | Tensor | None = None,
     ) -> Tensor | LossAndStats:
-        """The loss of hidden [..., H] @ weight [V, H]^T + bias [V], student against teacher."""
+        """The loss of hidden [..., H] @ weight [V, H]^T + bias [V], student against teacher; pairs
+        take the place of the teacher's hidden states, and have no weight."""
         return linear_distillation_loss(
             student_hidden,
             student_weight,

@@ -5,8 +5,9 @@
     akl_triton::divergence_with_gradient  both in one pass, the gradient over the student logits
     akl_triton::rescale                   rows times factors, in place
 
-Logits are [outer, inner, V] with unit stride in V (`as_rows`), N = outer * inner rows. The last
-arguments are those of `RULE_SCHEMA`.
+Logits are [outer, inner, V] with unit stride in V (`as_rows`), N = outer * inner rows. Where ids
+[N, k] are given the teacher is pairs: see `BackendOfPairs`. The last arguments are those of
+`RULE_SCHEMA`.
 """
 
 from typing import NoReturn
@@ -26,33 +27,35 @@ NAMESPACE = __name__.rpartition(".")[0].replace(".", "_")
 @torch.library.custom_op(
     f"{NAMESPACE}::divergence",
     mutates_args=(),
-    schema="(Tensor student, Tensor teacher, Tensor? valid, Tensor? labels, bool with_stats, "
-    f"str backend, {RULE_SCHEMA}) -> (Tensor, Tensor, Tensor)",
+    schema="(Tensor student, Tensor teacher, Tensor? ids, Tensor? valid, Tensor? labels, "
+    f"bool with_stats, str backend, {RULE_SCHEMA}) -> (Tensor, Tensor, Tensor)",
 )
-def divergence(student, teacher, valid, labels, with_stats, backend, *rule):  # type: ignore[no-untyped-def]
+def divergence(student, teacher, ids, valid, labels, with_stats, backend, *rule):  # type: ignore[no-untyped-def]
     """(loss [N], state, stats or no rows of them) in fp32: see layout."""
-    result = empty_result(student, with_stats)
+    result = empty_result(student, with_stats, ids)
     if student.numel():
-        backend_of(backend).forward(student, teacher, valid, labels, Rule.unpack(*rule), result)
+        backend_of(backend, ids).forward(
+            student, teacher, valid, labels, Rule.unpack(*rule), result
+        )
     return result
 
 
 @divergence.register_fake
-def _(student, teacher, valid, labels, with_stats, backend, *rule):  # type: ignore[no-untyped-def]
-    return empty_result(student, with_stats)
+def _(student, teacher, ids, valid, labels, with_stats, backend, *rule):  # type: ignore[no-untyped-def]
+    return empty_result(student, with_stats, ids)
 
 
 @torch.library.custom_op(
     f"{NAMESPACE}::divergence_backward",
     mutates_args=(),
-    schema="(Tensor upstream, Tensor student, Tensor teacher, Tensor? valid, Tensor? labels, "
-    f"Tensor state, str backend, {RULE_SCHEMA}) -> Tensor",
+    schema="(Tensor upstream, Tensor student, Tensor teacher, Tensor? ids, Tensor? valid, "
+    f"Tensor? labels, Tensor state, str backend, {RULE_SCHEMA}) -> Tensor",
 )
-def divergence_backward(upstream, student, teacher, valid, labels, state, backend, *rule):  # type: ignore[no-untyped-def]
+def divergence_backward(upstream, student, teacher, ids, valid, labels, state, backend, *rule):  # type: ignore[no-untyped-def]
     """upstream [N] * dloss/dstudent, [outer, inner, V_s] in the student's dtype."""
     gradient = torch.empty(student.shape, dtype=student.dtype, device=student.device)
     if student.numel():
-        backend_of(backend).backward(
+        backend_of(backend, ids).backward(
             upstream, student, teacher, valid, labels, state, Rule.unpack(*rule), gradient
         )
     return gradient
@@ -66,18 +69,19 @@ def _(upstream, student, *inputs):  # type: ignore[no-untyped-def]
 @torch.library.custom_op(
     f"{NAMESPACE}::divergence_with_gradient",
     mutates_args=("student",),
-    schema="(Tensor(a!) student, Tensor teacher, Tensor? valid, Tensor? labels, Tensor upstream, "
-    f"bool damped, bool with_stats, str backend, {RULE_SCHEMA}) -> (Tensor, Tensor)",
+    schema="(Tensor(a!) student, Tensor teacher, Tensor? ids, Tensor? valid, Tensor? labels, "
+    f"Tensor upstream, bool damped, bool with_stats, str backend, {RULE_SCHEMA})"
+    " -> (Tensor, Tensor)",
 )
 def divergence_with_gradient(  # type: ignore[no-untyped-def]
-    student, teacher, valid, labels, upstream, damped, with_stats, backend, *rule
+    student, teacher, ids, valid, labels, upstream, damped, with_stats, backend, *rule
 ):
     """(loss [N], stats), and upstream [N] * dloss/dstudent written over the student logits.
 
     `damped` divides that of a row by `damping` of its loss."""
-    result = empty_result(student, with_stats)
+    result = empty_result(student, with_stats, ids)
     if student.numel():
-        backend_of(backend).forward(
+        backend_of(backend, ids).forward(
             student,
             teacher,
             valid,
@@ -92,7 +96,7 @@ def divergence_with_gradient(  # type: ignore[no-untyped-def]
 
 
 @divergence_with_gradient.register_fake
-def _(student, teacher, valid, labels, upstream, damped, with_stats, *inputs):  # type: ignore[no-untyped-def]
+def _(student, teacher, ids, valid, labels, upstream, damped, with_stats, *inputs):  # type: ignore[no-untyped-def]
     loss, _, stats = empty_result(student, with_stats)
     return loss, stats
 
@@ -110,16 +114,17 @@ def _(rows, factor, backend):  # type: ignore[no-untyped-def]
 
 
 def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    student, teacher, valid, labels, _, *ctx.options = inputs
+    *tensors, _, backend, divergence, numbers = inputs
+    ctx.options = backend, divergence, numbers
     _, state, stats = output
     ctx.mark_non_differentiable(state, stats)
     ctx.set_materialize_grads(False)  # no zeros for these two
-    ctx.save_for_backward(student, teacher, valid, labels, state)
+    ctx.save_for_backward(*tensors, state)
 
 
 def _differentiate(ctx, upstream, _state, _stats):  # type: ignore[no-untyped-def]
     gradient = divergence_backward(upstream, *ctx.saved_tensors, *ctx.options)
-    return gradient, *[None] * (4 + len(ctx.options))
+    return gradient, *[None] * (5 + len(ctx.options))
 
 
 def refuse(*_: object) -> NoReturn:
@@ -140,7 +145,7 @@ class InPlaceDivergence(torch.autograd.Function):
     one: the gradient is rounded once."""
 
     @staticmethod
-    def forward(ctx, student, teacher, valid, labels, factor, rule, with_stats, backend):  # type: ignore[no-untyped-def]
+    def forward(ctx, student, teacher, ids, valid, labels, factor, rule, with_stats, backend):  # type: ignore[no-untyped-def]
         damped = student.dtype == torch.float16
         scale, rest = factor, None  # what the gradient has of the factor, and what it lacks
         if damped:
@@ -150,7 +155,7 @@ class InPlaceDivergence(torch.autograd.Function):
             scale = factor / rest
         n = student.shape[0] * student.shape[1]
         loss, stats = divergence_with_gradient(
-            *(student, teacher, valid, labels, scale.expand(n), damped, with_stats, backend),
+            *(student, teacher, ids, valid, labels, scale.expand(n), damped, with_stats, backend),
             *rule.pack(),
         )
         if rest is not None:
@@ -168,4 +173,4 @@ class InPlaceDivergence(torch.autograd.Function):
         gradient = gradient.detach()
         factor = upstream if rest is None else upstream * rest
         rescale(gradient.view(-1, gradient.shape[-1]), factor, ctx.backend)
-        return gradient, *[None] * 7
+        return gradient, *[None] * 8

@@ -45,6 +45,19 @@ class ReferenceResult(NamedTuple):
     terms: Tensor  # [N] the most that an entry of grad is a difference of
 
 
+class SparseResult(NamedTuple):
+    """The divergence of a teacher that is pairs, and its gradient, float64.
+
+    The last three are NaN where there is no head."""
+
+    loss: Tensor  # [N]
+    grad: Tensor  # [N, V] dloss/dstudent_logits
+    terms: Tensor  # [N] the most that an entry of grad is a difference of
+    forward_weight: Tensor  # [N] w
+    head_mass: Tensor  # [N] teacher mass of the head
+    head_size: Tensor  # [N] number of pairs in the head
+
+
 class DivergenceResult(NamedTuple):
     """A divergence and its gradient, float64."""
 
@@ -317,6 +330,99 @@ def reference_divergence(
         grad=grad.masked_fill(broken[:, None], torch.nan)[:, : student_logits.shape[-1]],
         terms=sizes.amax(-1).masked_fill(broken, torch.nan),
     )
+
+
+def reference_sparse(
+    student_logits: Tensor,
+    ids: Tensor,
+    log_probs: Tensor,
+    log_tail: Tensor | None = None,
+    divergence: str = "adaptive_kl",
+    *,
+    outside: Literal["bucket", "zero", "renormalise"] = "bucket",
+    temperature: float = 1.0,
+    mu: float = 0.5,
+    head: Head = "exclusive",
+    ties: Ties = "stable",
+    size: Tensor | None = None,
+    student_softcap: float | None = None,
+    student_logit_scale: float = 1.0,
+    dtype: torch.dtype = torch.float64,
+    **numbers: float,
+) -> SparseResult:
+    """A divergence of k pairs a row and one entry for all other tokens, with its gradient.
+
+    Math:
+        S the tokens of the pairs, q = softmax(s/T), sigma = sum of q outside of S
+        p = exp(log_probs), tau = exp(log_tail), or 1 - sum_S p without log_tail; both divided by
+        their sum, which rounding may have put off 1
+        The loss is the divergence of (p_S, tau) and (q_S, sigma), whose gradient by the logarithms
+        of the entries, of which only differences matter, is g:
+            dloss/ds_i = g_i / T                           i in S
+            dloss/ds_j = g_rest (q_j / sigma) / T          every other j
+        outside="zero": tau = 0. "renormalise": tau = sigma = 0, and g_rest = 0.
+        The head of adaptive_kl is that of mu among the pairs, in the order (p descending, id
+        ascending), or their first `size` [N]: never the rest.
+    Shape:
+        student_logits [N, V]; ids and log_probs [N, k], in any order, an id < 0 being no pair;
+        log_tail [N].
+    Dtype:
+        Any floating dtype; everything is computed and returned in `dtype`.
+
+    Reference:
+        See `akl_triton.SparseTeacher`.
+    Example:
+        >>> student = torch.tensor([[0.4, 0.4, 0.1, 0.1]]).log()
+        >>> pairs = torch.tensor([[0]]), torch.tensor([[0.5]]).log()
+        >>> result = reference_sparse(student, *pairs, divergence="total_variation")
+        >>> round(result.loss.item(), 4), [round(x, 4) for x in result.grad[0].tolist()]
+        (0.1, [-0.24, 0.16, 0.04, 0.04])
+    """
+    x = student_logits.detach().to(dtype)
+    s = mapped_logits(x, student_softcap, student_logit_scale) / temperature
+    slope = mapped_slope(x, student_softcap, student_logit_scale) / temperature
+    last = torch.iinfo(torch.int64).max
+    tokens, order = ids.long().masked_fill(ids < 0, last).sort(dim=-1)
+    named = tokens < last
+    tokens = tokens.where(named, 0)
+    log_p = log_probs.to(dtype).gather(-1, order).masked_fill(~named, -torch.inf)
+    rest = 1.0 - log_p.exp().sum(-1) if log_tail is None else log_tail.to(dtype).exp()
+    if outside != "bucket":
+        rest = torch.zeros_like(rest)
+    entries_t = torch.cat([log_p, rest.clamp(min=0.0).log()[:, None]], dim=-1).log_softmax(-1)
+
+    is_pair = torch.zeros_like(s, dtype=torch.bool)
+    is_pair.scatter_reduce_(-1, tokens, named, "amax")
+    log_q = torch.log_softmax(s, dim=-1)
+    of_pairs = log_q.gather(-1, tokens).masked_fill(~named, -torch.inf)
+    others = log_q.masked_fill(is_pair, -torch.inf)
+    sigma = others.logsumexp(-1, keepdim=True)
+    if outside == "renormalise":
+        sigma = torch.full_like(sigma, -torch.inf)
+    entries_s = torch.cat([of_pairs, sigma], dim=-1)
+
+    w = mass = size_of_row = torch.full_like(rest, torch.nan)
+    if divergence == "adaptive_kl":
+        p, q = entries_t.exp(), torch.softmax(entries_s, dim=-1)
+        in_order = log_p.argsort(dim=-1, descending=True, stable=True)
+        if size is None:
+            size = head_size(p[:, :-1], in_order, mu, head).minimum(named.sum(-1))
+        members = head_members(log_p, in_order, size, ties)
+        distance = (p - q).abs()
+        gap = distance.sum(-1)
+        w = torch.where(gap == 0.0, 0.5, (members * distance[:, :-1]).sum(-1) / gap)
+        mass, size_of_row = (members * p[:, :-1]).sum(-1), size.to(dtype)
+        of_entries = reference_adaptive_kl(entries_s, entries_t, weight=w, dtype=dtype)
+        loss, g, terms = of_entries.loss, of_entries.grad, of_entries.terms
+    else:
+        fields: dict[str, Any] = dict(numbers)
+        loss, g, terms = reference_divergence(
+            entries_s, entries_t, divergence, dtype=dtype, **fields
+        )
+    share = torch.where(is_pair | (sigma == -torch.inf), 0.0, (others - sigma).exp())
+    own = torch.zeros_like(s).scatter_add_(-1, tokens, g[:, :-1].where(named, 0.0))
+    grad = (own + g[:, -1:] * share) * slope
+    return SparseResult(loss, grad, terms * slope.amax(-1), w, mass, size_of_row)
 
 
 def reference_cross_entropy(

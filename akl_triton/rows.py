@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .kernels.layout import STATE_WIDTH, STATISTICS
+from .kernels.layout import OF_STUDENT, PAIRS_STATE_WIDTH, STATE_WIDTH, STATISTICS
 
 
 class LogitMap(NamedTuple):
@@ -26,8 +26,28 @@ class RowResult(NamedTuple):
     """Per-row results in fp32; exactly 0 for rows that are not valid."""
 
     loss: Tensor  # [N]
-    state: Tensor  # [N, layout.STATE_WIDTH] for the backend's own backward
+    state: Tensor  # [N, layout.STATE_WIDTH] for the backend's own backward; see `PairState`
     stats: Tensor  # [N, len(layout.STATISTICS)], columns in that order
+
+
+class PairState(NamedTuple):
+    """The parts of the state where the teacher is pairs, each of them contiguous."""
+
+    of_entries: Tensor  # [N, layout.STATE_WIDTH], of the divergence of the entries
+    of_pairs: Tensor  # [N, layout.PAIRS_STATE_WIDTH], of what made the student's
+    log_q: Tensor  # [N, k + 1], the student's entries
+    of_student: Tensor  # [N, len(layout.OF_STUDENT)], statistics
+
+    @staticmethod
+    def widths(pairs: int) -> tuple[int, int, int, int]:
+        return STATE_WIDTH, PAIRS_STATE_WIDTH, pairs + 1, len(OF_STUDENT)
+
+    @classmethod
+    def of(cls, state: Tensor, pairs: int) -> PairState:
+        """The parts of the state that `empty_result` made."""
+        n, widths = state.shape[0], cls.widths(pairs)
+        parts = torch.split(state.view(-1), [n * width for width in widths])
+        return cls(*(part.view(n, width) for part, width in zip(parts, widths, strict=True)))
 
 
 def damping(loss: Tensor) -> Tensor:
@@ -50,26 +70,25 @@ def room(bound: float, largest: float) -> float:
     return 2.0 ** min(max(math.floor(math.log2(largest / (2.0 * bound))), -100), 100)
 
 
-def empty_result(student: Tensor, with_stats: bool) -> RowResult:
+def empty_result(student: Tensor, with_stats: bool, ids: Tensor | None = None) -> RowResult:
     n, device = student.shape[0] * student.shape[1], student.device
+    width = STATE_WIDTH if ids is None else sum(PairState.widths(ids.shape[1]))
     return RowResult(
         torch.empty(n, dtype=torch.float32, device=device),
-        torch.empty(n, STATE_WIDTH, dtype=torch.float32, device=device),
+        torch.empty(n, width, dtype=torch.float32, device=device),
         torch.empty(n if with_stats else 0, len(STATISTICS), dtype=torch.float32, device=device),
     )
 
 
-def as_rows(student: Tensor, teacher: Tensor) -> list[Tensor]:
-    """Both [..., V] as [outer, inner, V] with unit stride in V: views wherever strides allow it.
+def as_rows(*logits: Tensor) -> list[Tensor]:
+    """Each [..., V] as [outer, inner, V] with unit stride in V: views wherever strides allow it.
 
     A batch of sequences, sliced or not, is a view; a copy is made of logits whose last dimension is
     not contiguous or whose leading dimensions need more than two strides."""
-    both = [
-        x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous() for x in (student, teacher)
-    ]
-    if any(x.dim() == 3 and not _merges(x) for x in both):
-        return both
-    return [x.reshape(1, -1, x.shape[-1]) for x in both]
+    logits = tuple(x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous() for x in logits)
+    if any(x.dim() == 3 and not _merges(x) for x in logits):
+        return list(logits)
+    return [x.reshape(1, -1, x.shape[-1]) for x in logits]
 
 
 def _merges(x: Tensor) -> bool:

@@ -117,3 +117,12 @@ def row_base(row, lead, end, gain, full, BLOCK: tl.constexpr, apart=None):
         if apart is not None:
             base = tl.where(base > float("-inf"), base, 0.0)
     return base
+
+
+@triton.jit
+def zero_row(row_ptr, V, BLOCK: tl.constexpr):
+    """row = 0."""
+    columns = tl.arange(0, BLOCK)
+    for start in range(0, V, BLOCK):
+        zero = tl.zeros((BLOCK,), row_ptr.dtype.element_ty)
+        tl.store(row_ptr + start + columns, zero, mask=start + columns < V)

@@ -62,6 +62,7 @@ def row_divergence(
     scale_t, gain_t, scale_s, gain_s,  # of `scaled`
     reference_t, z_t, reference_s, z_s, full_end,  # of the statistics
     crossing, taken, cut,  # of the boundary
+    end_of_head,  # the offset from which on tokens are in no head, or None
     forward_weight,  # w where there is no head
     a, b, keep_p, keep_q,  # of the terms: their numbers, and whether an entry of one side counts
     pivot,  # taken off u where MOMENTS: near its mean, so that no variance cancels
@@ -137,6 +138,8 @@ def row_divergence(
                     t, s, log_p, log_q, shift, factor_t, factor_s, a, b, keep_p, keep_q, TERMS
                 )
             least = tl.where((block + 1) * BLOCK <= cut, crossing, above_crossing)
+            if end_of_head is not None:
+                t = tl.where(offsets < end_of_head, t, float("-inf"))
             accumulators = _add_terms(
                 accumulators, t, p, q, ratio, crossing, least, x, g, u,
                 HAS_HEAD, STABLE, STATS, TERMS, MOMENTS,

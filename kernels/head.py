@@ -101,11 +101,13 @@ def head_boundary(
     mu,
     INCLUSIVE: tl.constexpr,
     STABLE: tl.constexpr,
+    PARTIAL: tl.constexpr,  # whether the slots are all tokens, and may not have enough of the mass
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """(crossing logit, mass above it, taken, mass of one such token, cut); masses are shares of Z.
 
-    `cut` is end_t where all ties belong to the head, and 0 where none do or ties are averaged."""
+    `cut` is end_t where all ties belong to the head, and 0 where none do or ties are averaged. A
+    PARTIAL row that does not reach mu is all head: the crossing is then -inf."""
     dtype: tl.constexpr = t_row.dtype.element_ty
     target = tl.minimum(mu, LARGEST_MU) * z
     base = tl.where(full_end == 0, 0.5 * capped(top, gain), 0.0)
@@ -121,12 +123,18 @@ def head_boundary(
         heavy = slot_mass > hidden
         low = key_of(tl.min(tl.where(heavy, slots, float("inf")), axis=0), dtype)
         known = tl.sum(tl.where(heavy, slot_mass, 0.0), axis=0)
-        slots_suffice = (low < high) & crosses(known, target, INCLUSIVE) & (full_end > 0)
+        slots_suffice = (low < high) & crosses(known, target, INCLUSIVE)
+        if not PARTIAL:
+            slots_suffice = slots_suffice & (full_end > 0)
         if slots_suffice:
             crossing, above, reached = _search(
                 t_row, lead, end_t, scale, gain, base, reference, slots, top, target, low, high,
                 known, INCLUSIVE, True, dtype, BLOCK,
             )  # fmt: skip
+        elif PARTIAL:
+            crossing = float("-inf")
+            above = known
+            reached = known
         else:
             low = _lowest_key(dtype)
             if gain is None:  # a softcap lifts all that is below
@@ -145,6 +153,9 @@ def head_boundary(
     else:
         taken = tl.floor(fitting)
         taken = tl.minimum(tl.maximum(taken, tl.where(above == 0.0, 1.0, 0.0)), ties)
+    if PARTIAL:
+        taken = tl.where(crossing == float("-inf"), 0.0, taken)
+        ties = tl.where(crossing == float("-inf"), 1.0, ties)
     cut = 0
     if STABLE:
         if taken > ties - 0.5:

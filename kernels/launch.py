@@ -11,10 +11,13 @@ import triton
 from triton.runtime import driver
 
 from .launch_table import Launch, launch_for
+from .pairs import pairs_gradient_kernel, pairs_kernel
 from .row_kernels import backward_kernel, forward_kernel, rescale_kernel
 from .tuning import is_autotuning, tuned_launch
 
 LOG2E = 1.4426950408889634
+LARGEST_LEAD = 7  # elements before a row, from a 16-byte boundary on
+FEWEST_PAIRS = 32  # a warp has as many threads
 
 
 def forward(
@@ -46,6 +49,7 @@ def forward(
     gradient: torch.Tensor | None = None,  # [outer, inner, V_s] student's dtype; may be student
     upstream: torch.Tensor | None = None,  # [N] fp32, any stride
     damped: bool = False,  # divide the gradient of a row by `damping` of its loss
+    rest: bool = False,  # whether the last token stands for others, and is in no head
 ) -> None:
     """Launch forward_kernel, which also writes the gradient where one is given."""
     maps = _maps(
@@ -76,6 +80,7 @@ def forward(
         label_weight=label_weight,
         **_of_terms(terms, numbers, limits, eta, parts, maps),
         HAS_HEAD=has_head,
+        REST=rest,
         SWITCHES=tau is not None,
         INCLUSIVE=inclusive,
         STABLE=stable,
@@ -91,7 +96,7 @@ def forward(
     )
     with_statistics = stats is not None or has_head
     name = "head or statistics" if with_statistics else "terms" if terms else "fixed weight"
-    _launch(forward_kernel, name, loss.shape[0], arguments)
+    _launch(forward_kernel, name, loss.shape[0], arguments, in_one_block=rest)
 
 
 def backward(
@@ -143,6 +148,79 @@ def backward(
     _launch(backward_kernel, name, upstream.shape[0], arguments)
 
 
+def pairs(
+    student: torch.Tensor,  # [outer, inner, V] fp32 | bf16 | fp16, unit stride in V
+    ids: torch.Tensor,  # [N, k] int32, ascending, ABSENT last; contiguous
+    teacher: torch.Tensor,  # [N, k + 1] fp32, ln p of the pairs and of the rest; contiguous
+    valid: torch.Tensor | None,  # [N] bool, N = outer * inner
+    labels: torch.Tensor | None,  # [N] int32 | int64
+    log_q: torch.Tensor,  # [N, k + 1] fp32
+    state: torch.Tensor,  # [N, 5] fp32
+    of_student: torch.Tensor,  # [N, 3] fp32: layout.OF_STUDENT
+    *,
+    temperature: float,
+    rest: bool,  # whether the rest is an entry
+    statistics: bool,  # whether entropy and agreement are wanted
+    student_softcap: float | None = None,
+    student_logit_scale: float = 1.0,
+) -> None:
+    """Launch pairs_kernel."""
+    arguments = dict(
+        s_ptr=student,
+        ids_ptr=ids,
+        t_ptr=teacher,
+        valid_ptr=valid,
+        labels_ptr=labels,
+        log_q_ptr=log_q,
+        state_ptr=state,
+        of_student_ptr=of_student,
+        **_of_pairs(student, ids, temperature, student_softcap, student_logit_scale),
+        REST=rest,
+        STATS=statistics,
+        HAS_LABELS=labels is not None,
+        UNTEMPERED=labels is not None and temperature != 1.0,
+        HAS_MASK=valid is not None,
+    )
+    _launch(pairs_kernel, "pairs", ids.shape[0], arguments)
+
+
+def pairs_backward(
+    gradient: torch.Tensor,  # [outer, inner, V] student's dtype; may be student itself
+    student: torch.Tensor,  # [outer, inner, V]
+    ids: torch.Tensor,  # [N, k] int32, as in `pairs`
+    valid: torch.Tensor | None,  # [N] bool
+    labels: torch.Tensor | None,  # [N] int32 | int64
+    state: torch.Tensor,  # [N, 5] fp32 of pairs
+    of_pairs: torch.Tensor,  # [N, k + 1] fp32, the gradient of log_q; contiguous
+    of_label: torch.Tensor | None,  # [N] fp32, that of the cross-entropy; contiguous
+    *,
+    temperature: float,
+    student_softcap: float | None = None,
+    student_logit_scale: float = 1.0,
+) -> None:
+    """Launch pairs_gradient_kernel."""
+    arguments = dict(
+        ds_ptr=gradient,
+        s_ptr=student,
+        ids_ptr=ids,
+        valid_ptr=valid,
+        labels_ptr=labels,
+        state_ptr=state,
+        of_pairs_ptr=of_pairs,
+        of_label_ptr=of_label,
+        outer_ds=gradient.stride(0),
+        inner_ds=gradient.stride(1),
+        DS_ALIGNED=_lead(gradient) == _lead(student),
+        **_of_pairs(student, ids, temperature, student_softcap, student_logit_scale),
+        rate=_fp32(student_logit_scale / temperature),
+        label_rate=_fp32(student_logit_scale),
+        HAS_LABELS=labels is not None,
+        UNTEMPERED=labels is not None and temperature != 1.0,
+        HAS_MASK=valid is not None,
+    )
+    _launch(pairs_gradient_kernel, "gradient of pairs", ids.shape[0], arguments)
+
+
 def rescale(
     rows: torch.Tensor,  # [N, V], contiguous
     factor: torch.Tensor,  # [N] fp32, any stride
@@ -159,25 +237,37 @@ def rescale(
         )
 
 
-def _launch(kernel, name, rows, arguments) -> None:
-    """Launch a kernel, named in the launch table, over rows."""
+def _launch(kernel, name, rows, arguments, *, in_one_block=False) -> None:
+    """Launch a kernel, named in the launch table, over rows.
+
+    `in_one_block` asks for a block that holds all of a row, wherever that starts."""
     student = arguments["s_ptr"]
+    sizes = {key: value for key, value in arguments.items() if key[0] == "V"}
 
     def run(rows: int, launch: Launch) -> None:
         kernel[(rows,)](**arguments, **_options(launch))
 
     with _device_of(student):
-        if is_autotuning():
-            gradient = arguments["ds_ptr"]
+        if is_autotuning() and not in_one_block:
+            gradient = arguments.get("ds_ptr")
             in_place = gradient is not None and gradient.data_ptr() == student.data_ptr()
-            sizes = (value for key, value in arguments.items() if key.isupper() or key[0] == "V")
-            capped = (arguments["gain_t"] is None, arguments["gain_s"] is None)
-            dtypes = student.dtype, arguments["t_ptr"].dtype
+            options = (value for key, value in arguments.items() if key.isupper())
+            logits = [arguments[x] for x in ("s_ptr", "t_ptr") if x in arguments]
+            capped = [arguments.get(x) is None for x in ("gain_s", "gain_t")]
             launch = tuned_launch(
-                name, run, rows, student if in_place else None, *dtypes, *capped, in_place, *sizes
+                name,
+                run,
+                rows,
+                student if in_place else None,
+                *(x.dtype for x in logits),
+                *capped,
+                in_place,
+                *sizes.values(),
+                *options,
             )
         else:
-            launch = launch_for(name, max(arguments["V_s"], arguments["V_t"]))
+            room = LARGEST_LEAD if in_one_block else 0
+            launch = launch_for(name, max(sizes.values()) + room)
         run(rows, launch)
 
 
@@ -194,6 +284,23 @@ def _maps(
         arguments[f"gain_{side}"] = None if softcap is None else _fp32(logit_scale / softcap)
     arguments["scale_1"] = _fp32(LOG2E * (student_softcap or student_logit_scale))
     return arguments
+
+
+def _of_pairs(student, ids, temperature, softcap, logit_scale) -> dict:
+    """Arguments of the kernels of pairs, of the student's logits and of the pairs."""
+    maps = _maps(temperature, softcap, None, logit_scale, 1.0)
+    lead = _lead(student)
+    return {
+        **{name: maps[name] for name in ("scale_s", "gain_s", "scale_1")},
+        "outer_s": student.stride(0),
+        "inner_s": student.stride(1),
+        "inner": student.shape[1],
+        "V": student.shape[2],
+        "k": ids.shape[1],
+        "base_lead": lead[0],
+        "HAS_LEAD": any(lead),
+        "PAIRS": max(triton.next_power_of_2(ids.shape[1]), FEWEST_PAIRS),
+    }
 
 
 def _forward_weight(weight, terms, parts) -> float:

@@ -22,11 +22,15 @@ class Launch(NamedTuple):
 LARGEST_OF_TWO = 65_536
 
 
-def _by_vocabulary(registers: int, of_long_rows: int) -> tuple[tuple[float, Launch], ...]:
+def _by_vocabulary(
+    registers: int, of_long_rows: int | None = None
+) -> tuple[tuple[float, Launch], ...]:
     """(largest V, launch): 8 columns a thread, so that its share of bf16 is one 16-byte access."""
+    short = (256, Launch(256, 32, registers)), (1024, Launch(1024, 128, registers))
+    if of_long_rows is None:
+        return (*short, (float("inf"), Launch(2048, 256, registers)))
     return (
-        (256, Launch(256, 32, registers)),
-        (1024, Launch(1024, 128, registers)),
+        *short,
         (LARGEST_OF_TWO, Launch(2048, 256, registers)),
         (float("inf"), Launch(4096, 512, of_long_rows)),
     )
@@ -42,6 +46,9 @@ TABLE = {
     "gradient": _by_vocabulary(56, 56),
     "gradient with a softcap": _by_vocabulary(64, 64),
     "gradient of terms": _by_vocabulary(56, 56),
+    # A sweep each, and nothing that has to stay in the L2.
+    "pairs": _by_vocabulary(80),
+    "gradient of pairs": _by_vocabulary(80),
 }
 
 
@@ -57,4 +64,5 @@ def candidates(kernel: str) -> tuple[Launch, ...]:
     shapes = ((1024, 128), (1024, 256), (2048, 256), (2048, 512))
     fewer = (Launch(2048, 256, 48), Launch(2048, 256, 40)) if kernel == "gradient" else ()
     longest = launch_for(kernel, LARGEST_OF_TWO + 1)
-    return (*(Launch(*shape, registers) for shape in shapes), *fewer, longest)
+    launches = (*(Launch(*shape, registers) for shape in shapes), *fewer, longest)
+    return tuple(dict.fromkeys(launches))

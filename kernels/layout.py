@@ -13,3 +13,11 @@ STATISTICS = (
     *("forward_kl", "reverse_kl", "forward_weight", "head_mass", "head_size", "gap"),
     *("student_entropy", "teacher_entropy", "top1_agreement", "cross_entropy"),
 )
+
+# The id of a pair that is not there, behind those that are.
+ABSENT = 2**31 - 1
+# The backward's input of a teacher of pairs: lse of the tokens that are no pair, and a factor of
+# their exponentials, likewise of all tokens at T = 1, and what a backend adds.
+PAIRS_STATE_WIDTH = 5
+# The statistics that the pairs do not show.
+OF_STUDENT = ("student_entropy", "top1_agreement", "cross_entropy")

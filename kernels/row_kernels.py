@@ -16,7 +16,7 @@ import triton.language as tl
 
 from . import layout
 from .arithmetic import LN2, LOG2E, rounded_sum
-from .blocks import row_offset, row_pointer
+from .blocks import row_offset, row_pointer, zero_row
 from .cross_entropy import row_cross_entropy
 from .decoupled import label_apart
 from .divergence import row_divergence
@@ -53,6 +53,7 @@ def forward_kernel(
     divergence_weight, label_weight,  # by which divergence and cross-entropy are multiplied
     a, b, keep_p, keep_q,  # of the terms
     HAS_HEAD: tl.constexpr, INCLUSIVE: tl.constexpr, STABLE: tl.constexpr,
+    REST: tl.constexpr,  # whether the last token stands for others, and is in no head (pairs.py)
     FORWARD: tl.constexpr, REVERSE: tl.constexpr, STATS: tl.constexpr,
     SWITCHES: tl.constexpr,  # whether the forward KL is added where the teacher's entropy is > tau
     TERMS: tl.constexpr,  # a function of terms.py, or None for the two KLs
@@ -105,10 +106,18 @@ def forward_kernel(
                     s_row, label, lead, end_s, scale_s, gain_s, reference_s, z_s, full_end, BLOCK
                 )
         crossing, mass, taken, tie_mass, cut = 0.0, float("nan"), float("nan"), 0.0, 0
+        end_of_head = None
         if HAS_HEAD:
+            last = end_t
+            if REST:  # all tokens are in the first block, so that no slot hides any
+                last = end_t - 1
+                end_of_head = last
+                slots = tl.where(tl.arange(0, BLOCK) == last, float("-inf"), slots)
+                top = tl.max(slots, axis=0)
+                hidden = 0.0
             crossing, mass, taken, tie_mass, cut = head_boundary(
-                t_row, lead, end_t, scale_t, gain_t, reference_t, z_t, slots, top, hidden, full_end,
-                mu, INCLUSIVE, STABLE, BLOCK,
+                t_row, lead, last, scale_t, gain_t, reference_t, z_t, slots, top, hidden, full_end,
+                mu, INCLUSIVE, STABLE, REST, BLOCK,
             )  # fmt: skip
         w, total_x, total_g = forward_weight, 0.0, 0.0
         pivot = forward_kl * LOG2E  # the mean of u where its weights are p
@@ -116,7 +125,7 @@ def forward_kernel(
             w, gap, size, total_x, total_g, variance, full_end = row_divergence(
                 t_row, s_row, lead, end_t, end_s, scale_t, gain_t, scale_s, gain_s,
                 reference_t, z_t, reference_s, z_s, full_end,
-                crossing, taken, cut, forward_weight, a, b, keep_p, keep_q, pivot,
+                crossing, taken, cut, end_of_head, forward_weight, a, b, keep_p, keep_q, pivot,
                 HAS_HEAD, STABLE, STATS, TERMS, MOMENTS, ONE_SCALE, S_ALIGNED, BLOCK,
             )  # fmt: skip
         of_reverse = 1.0 - w
@@ -241,7 +250,7 @@ def forward_kernel(
             for i in tl.static_range(STATS_WIDTH):
                 tl.store(stats_ptr + row * STATS_WIDTH + i, 0.0)
         if HAS_GRADIENT:
-            _zero_row(ds_ptr + row_offset(row, inner, outer_ds, inner_ds), V_s, BLOCK)
+            zero_row(ds_ptr + row_offset(row, inner, outer_ds, inner_ds), V_s, BLOCK)
         else:  # nobody reads it, but an operator's output must not depend on what was there
             for i in tl.static_range(STATE_WIDTH):
                 tl.store(state_ptr + row * STATE_WIDTH + i, 0.0)
@@ -305,7 +314,7 @@ def backward_kernel(
             S_ALIGNED, DS_ALIGNED, BLOCK,
         )  # fmt: skip
     else:
-        _zero_row(ds_ptr + row_offset(row, inner, outer_ds, inner_ds), V_s, BLOCK)
+        zero_row(ds_ptr + row_offset(row, inner, outer_ds, inner_ds), V_s, BLOCK)
 
 
 @triton.jit
@@ -354,12 +363,3 @@ def rescale_kernel(
             x = x_ptr + row * V + columns
             value = tl.load(x, mask=columns < V).to(tl.float32) * factor
             tl.store(x, value.to(x_ptr.dtype.element_ty), mask=columns < V)
-
-
-@triton.jit
-def _zero_row(row_ptr, V, BLOCK: tl.constexpr):
-    """row = 0."""
-    columns = tl.arange(0, BLOCK)
-    for start in range(0, V, BLOCK):
-        zero = tl.zeros((BLOCK,), row_ptr.dtype.element_ty)
-        tl.store(row_ptr + start + columns, zero, mask=start + columns < V)
