@@ -345,6 +345,7 @@ def reference_sparse(
     head: Head = "exclusive",
     ties: Ties = "stable",
     size: Tensor | None = None,
+    weight: Tensor | None = None,
     student_softcap: float | None = None,
     student_logit_scale: float = 1.0,
     dtype: torch.dtype = torch.float64,
@@ -362,7 +363,8 @@ def reference_sparse(
             dloss/ds_j = g_rest (q_j / sigma) / T          every other j
         outside="zero": tau = 0. "renormalise": tau = sigma = 0, and g_rest = 0.
         The head of adaptive_kl is that of mu among the pairs, in the order (p descending, id
-        ascending), or their first `size` [N]: never the rest.
+        ascending), or their first `size` [N]: never the rest. Its w is that of the head, or
+        `weight` [N].
     Shape:
         student_logits [N, V]; ids and log_probs [N, k], in any order, an id < 0 being no pair;
         log_tail [N].
@@ -411,6 +413,7 @@ def reference_sparse(
         distance = (p - q).abs()
         gap = distance.sum(-1)
         w = torch.where(gap == 0.0, 0.5, (members * distance[:, :-1]).sum(-1) / gap)
+        w = w if weight is None else weight.to(dtype)
         mass, size_of_row = (members * p[:, :-1]).sum(-1), size.to(dtype)
         of_entries = reference_adaptive_kl(entries_s, entries_t, weight=w, dtype=dtype)
         loss, g, terms = of_entries.loss, of_entries.grad, of_entries.terms

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from .divergences import AdaptiveKL, Divergence
+from .kernels.layout import ABSENT
 from .reference import (
     DivergenceResult,
     Head,
@@ -29,7 +30,9 @@ from .reference import (
     reference_adaptive_kl,
     reference_cross_entropy,
     reference_divergence,
+    reference_sparse,
 )
+from .sparse import SparseTeacher
 
 MU_SLACK = 2e-6
 # Relative error allowed in a sum of fp32 probabilities; the weight's error is this over the gap.
@@ -203,6 +206,44 @@ def exact(
         for dtype in (torch.float64, torch.float32)
     )
     return Exact(*(DivergenceResult(r.loss, r.grad, r.terms) for r in results))
+
+
+def exact_of_pairs(
+    divergence: Divergence,
+    student: Tensor,
+    teacher: SparseTeacher,
+    *,
+    forward_weight: Tensor | None = None,
+    head_size: Tensor | None = None,
+    gap: Tensor | None = None,
+    labels: Tensor | None = None,
+    kd_ratio: float = 1.0,
+    **maps: Any,
+) -> Exact:
+    """`exact` of a teacher that is pairs, [N, k], with the softcap and scale of the student."""
+    rule: dict[str, Any] = {
+        "outside": teacher.outside,
+        "temperature": teacher.temperature,
+        **vars(divergence),
+        **maps,
+    }
+    ids = teacher.ids.masked_fill(teacher.ids == ABSENT, -1)
+    pairs = ids, teacher.log_probs, teacher.log_tail, divergence.name
+    if isinstance(divergence, AdaptiveKL):
+        known = None if head_size is None else head_size.double().nan_to_num(1.0).long()
+        w = reference_sparse(student, *pairs, size=known, **rule).forward_weight
+        if forward_weight is not None and gap is not None:
+            w = torch.where(gap < NO_GAP, forward_weight.double(), w)
+        rule["weight"] = w
+    parts = []
+    for dtype in (torch.float64, torch.float32):
+        loss, grad, terms, *_ = reference_sparse(student, *pairs, dtype=dtype, **rule)
+        part = DivergenceResult(loss, grad, terms)
+        if labels is not None:
+            of_labels = reference_cross_entropy(student, labels, dtype=dtype, **maps)
+            part = _mixed(kd_ratio, part, of_labels)
+        parts.append(part)
+    return Exact(*parts)
 
 
 def _mixed(ratio: float, a: DivergenceResult, b: DivergenceResult) -> DivergenceResult:

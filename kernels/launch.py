@@ -80,7 +80,7 @@ def forward(
         label_weight=label_weight,
         **_of_terms(terms, numbers, limits, eta, parts, maps),
         HAS_HEAD=has_head,
-        REST=rest,
+        REST=rest and has_head,
         SWITCHES=tau is not None,
         INCLUSIVE=inclusive,
         STABLE=stable,

@@ -53,7 +53,7 @@ def forward_kernel(
     divergence_weight, label_weight,  # by which divergence and cross-entropy are multiplied
     a, b, keep_p, keep_q,  # of the terms
     HAS_HEAD: tl.constexpr, INCLUSIVE: tl.constexpr, STABLE: tl.constexpr,
-    REST: tl.constexpr,  # whether the last token stands for others, and is in no head (pairs.py)
+    REST: tl.constexpr,  # whether the last token is no part of the head: see pairs.py
     FORWARD: tl.constexpr, REVERSE: tl.constexpr, STATS: tl.constexpr,
     SWITCHES: tl.constexpr,  # whether the forward KL is added where the teacher's entropy is > tau
     TERMS: tl.constexpr,  # a function of terms.py, or None for the two KLs
