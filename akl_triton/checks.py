@@ -154,8 +154,8 @@ def check_projection(
     """hidden @ weight^T + bias of one side can be computed where student_hidden is."""
     if weight is None:
         raise TypeError(
-            f"{side}_weight: expected the weight of the lm_head [V, H], which only a SparseTeacher "
-            "does without, got None"
+            f"{side}_weight: expected a torch.Tensor, got NoneType; only a SparseTeacher in the "
+            "place of teacher_hidden does without"
         )
     tensors = {f"{side}_hidden": hidden, f"{side}_weight": weight}
     if bias is not None:

@@ -687,6 +687,7 @@ def test_opcheck(backend, device, per_token):
         case.teacher_hidden.view(-1, H_T),
         case.teacher_weight,
         None,
+        None,
     )
     labels = torch.arange(21, device=device)
     valid = labels % 3 != 0

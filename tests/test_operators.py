@@ -44,7 +44,7 @@ def test_opcheck(backend: Backend, device: torch.device, masked: bool) -> None:
     rule = WITH_LABELS if masked else RULE
     upstream = torch.linspace(-1.0, 1.0, 6, device=device)
     leaf = student.clone().requires_grad_()
-    inputs = student, teacher, valid, labels
+    inputs = student, teacher, None, valid, labels
     rest = (masked, backend, *rule)  # with statistics where masked
     _, state, _ = ops.divergence(*inputs, *rest)
     calls: list[tuple[Any, tuple[Any, ...]]] = [
@@ -56,6 +56,29 @@ def test_opcheck(backend: Backend, device: torch.device, masked: bool) -> None:
             (*inputs, upstream[:1].expand(6), masked, *rest),  # damped if masked
         ),
         (ops.rescale, (student[0].clone(), upstream[:3], backend)),
+    ]
+    for operator, arguments in calls:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # opcheck's own
+            torch.library.opcheck(operator, arguments)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_opcheck_of_pairs(backend: Backend, device: torch.device, masked: bool) -> None:
+    student, teacher = make_logits(device)
+    ids = torch.arange(4, dtype=torch.int32, device=device).expand(6, -1).contiguous()
+    entries = teacher.view(1, 6, -1)[..., :5].log_softmax(-1).contiguous()
+    valid = torch.arange(6, device=device) != 2 if masked else None
+    labels = torch.arange(6, device=device) if masked else None
+    rule = Rule.unpack(*(WITH_LABELS if masked else RULE))._replace(rest=True).pack()
+    upstream = torch.linspace(-1.0, 1.0, 6, device=device)
+    inputs = student, entries, ids, valid, labels
+    rest = (masked, backend, *rule)
+    _, state, _ = ops.divergence(*inputs, *rest)
+    calls: list[tuple[Any, tuple[Any, ...]]] = [
+        (ops.divergence, (student.clone().requires_grad_(), *inputs[1:], *rest)),
+        (ops.divergence_backward, (upstream, *inputs, state, backend, *rule)),
+        (ops.divergence_with_gradient, (*inputs, upstream, masked, *rest)),
     ]
     for operator, arguments in calls:
         with warnings.catch_warnings():
@@ -125,7 +148,7 @@ def test_every_divergence_is_an_operator_and_one_graph(divergence: Divergence) -
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # opcheck's own
         rest = (False, "torch", *Rule(divergence).pack())
-        torch.library.opcheck(ops.divergence, (leaf, teacher, None, of_rows, *rest))
+        torch.library.opcheck(ops.divergence, (leaf, teacher, None, None, of_rows, *rest))
 
     def run(hidden: Tensor) -> tuple[Tensor, ...]:
         loss: Tensor = distillation_loss(
@@ -177,7 +200,7 @@ def test_every_output_is_written(
     )
     student, teacher = make_logits(device)
     valid = torch.arange(6, device=device) != 2
-    inputs = student, teacher, valid, torch.arange(6, device=device)
+    inputs = student, teacher, None, valid, torch.arange(6, device=device)
     loss, state, stats = ops.divergence(*inputs, True, backend, *WITH_LABELS)
     gradient = ops.divergence_backward(
         torch.ones(6, device=device), *inputs, state, backend, *WITH_LABELS
