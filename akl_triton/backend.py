@@ -23,6 +23,7 @@ from .divergences import (
 )
 from .pairs import BackendOfPairs
 from .rows import PairState, RowResult
+from .vocabulary import BackendOfVocabulary
 
 TRITON, TORCH = "triton", "torch"
 
@@ -282,14 +283,26 @@ def _map_of_student(rule: Rule) -> dict[str, Any]:
     }
 
 
-def backend_of(name: str, ids: Tensor | None = None) -> Backend | BackendOfPairs:
-    """The backend of a name that `resolve_backend` gave; with ids, for a teacher of pairs."""
-    backend: Backend = Triton()
-    if name != TRITON:
-        from . import eager
+def backend_of(name: str) -> Backend:
+    """The backend of a name that `resolve_backend` gave."""
+    if name == TRITON:
+        return Triton()
+    from . import eager
 
-        backend = eager
-    return backend if ids is None else BackendOfPairs(backend, ids)
+    return eager
+
+
+def losses_of(
+    name: str, ids: Tensor | None, vocab_size: int | None
+) -> Backend | BackendOfPairs | BackendOfVocabulary:
+    """The backend of that name for a teacher of pairs, if there are ids, and for a vocabulary that
+    is padded, if its size is given."""
+    backend: Backend | BackendOfPairs = backend_of(name)
+    if ids is not None:
+        backend = BackendOfPairs(backend_of(name), ids)
+    if vocab_size is None:
+        return backend
+    return BackendOfVocabulary(backend, vocab_size, of_pairs=ids is not None)
 
 
 def triton_obstacle(device_type: str) -> str | None:

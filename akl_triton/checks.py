@@ -201,11 +201,6 @@ def check_projection(
             )
 
 
-def check_chunk_bytes(name: str, value: object) -> int | None:
-    """None, or a number of bytes, which `check_chunk` compares with a row."""
-    return None if value is None else check_integer(name, value)
-
-
 def check_chunk(chunk_bytes: int, bytes_per_row: int) -> None:
     """At least one row of logits of both sides."""
     if chunk_bytes < bytes_per_row:
@@ -267,6 +262,19 @@ def check_tokens(
             )
     if shift and not of_tokens:
         raise ValueError(f"shift: expected 0 where {', '.join(given)} are None, got {shift}")
+
+
+def check_vocab_size(vocab_size: int | None, widths: Mapping[str, int]) -> int:
+    """The number of tokens, which both sides have; without it those of the student, the first."""
+    if vocab_size is None:
+        return next(iter(widths.values()))
+    if vocab_size < 1 or any(vocab_size > width for width in widths.values()):
+        of_each = ", ".join(f"{width} of {name}" for name, width in widths.items())
+        raise ValueError(
+            f"vocab_size: expected an integer from 1 to {min(widths.values())}, of {of_each}, got "
+            f"{vocab_size}"
+        )
+    return vocab_size
 
 
 def check_targets(
@@ -448,6 +456,11 @@ def check_integer(name: str, value: object) -> int:
         return operator.index(value)  # type: ignore[arg-type]
     except TypeError:
         raise TypeError(f"{name}: expected an int, got {type_of(value)}") from None
+
+
+def check_optional_integer(name: str, value: object) -> int | None:
+    """None, or an int."""
+    return None if value is None else check_integer(name, value)
 
 
 def check_flag(name: str, value: object) -> bool:

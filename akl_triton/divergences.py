@@ -755,6 +755,7 @@ class Rule(NamedTuple):
     divergence_weight: float = 1.0  # the loss is the sum of these times the divergence
     label_weight: float = 0.0  # and the cross-entropy of the student at T = 1 with the labels
     rest: bool = False  # whether the last token of both sides is all others, and in no head
+    vocab_size: int | None = None  # tokens of both sides, where the logits are padded
 
     @property
     def needs_labels(self) -> bool:
@@ -777,7 +778,8 @@ class Rule(NamedTuple):
         key, numbers = self.divergence.pack()
         maps = [x or 0.0 for side in (self.student_map, self.teacher_map) for x in side]
         weights = [self.divergence_weight, self.label_weight]
-        return key, [self.temperature, *maps, *weights, float(self.rest), *numbers]
+        shape = [float(self.rest), float(self.vocab_size or 0)]
+        return key, [self.temperature, *maps, *weights, *shape, *numbers]
 
     @classmethod
     def unpack(cls, key: str, numbers: Sequence[float]) -> Rule:
@@ -792,10 +794,11 @@ RULE_SCHEMA = "str divergence, float[] numbers"
 @functools.lru_cache(maxsize=256)
 def _unpacked(kind: type[Divergence], key: str, numbers: tuple[float, ...]) -> Rule:
     """The rule that `Rule.pack` gave; a step of training has the same one again and again."""
-    temperature, cap_s, scale_s, cap_t, scale_t, weight, label_weight, rest = numbers[:8]
+    temperature, cap_s, scale_s, cap_t, scale_t, weight, label_weight, *shape = numbers[:9]
     maps = LogitMap(cap_s or None, scale_s), LogitMap(cap_t or None, scale_t)
-    divergence = _divergence_of(kind, key, numbers[8:])
-    return Rule(divergence, temperature, *maps, weight, label_weight, rest != 0.0)
+    rest, vocab_size = shape[0] != 0.0, int(shape[1]) or None
+    divergence = _divergence_of(kind, key, numbers[9:])
+    return Rule(divergence, temperature, *maps, weight, label_weight, rest, vocab_size)
 
 
 def _divergence_of(kind: type[Divergence], key: str, numbers: Sequence[float]) -> Divergence:

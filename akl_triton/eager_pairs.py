@@ -80,7 +80,7 @@ def entries_of_pairs(
     return Entries(
         torch.cat([log_q, log_rest - log_z], dim=-1),
         (max_s, torch.where(z_rest == 0.0, log_z, log_rest) * LOG2_E, z_1),
-        (entropy, agreement, of_labels),
+        (entropy, agreement, of_labels if cross_entropy else torch.zeros_like(z)),
     )
 
 

@@ -431,9 +431,11 @@ def _loss(
     sides = Sides(*of_student, teacher, teacher_weight, teacher_bias, ids)
     of_tokens = labels, options["mask"], options["token_weights"]
     checks.check_tokens(*of_tokens, shift, student, of="student_hidden")
-    checks.check_targets(
-        labels, options["mask"], rule, options["ignore_index"], len(student_weight)
-    )
+    widths = {"student_weight": len(student_weight)}
+    if teacher_weight is not None:
+        widths["teacher_weight"] = len(teacher_weight)
+    vocabulary = checks.check_vocab_size(rule.vocab_size, widths)
+    checks.check_targets(labels, options["mask"], rule, options["ignore_index"], vocabulary)
     items = checks.check_num_items(options["num_items"], reduction, student, of="student_hidden")
     differentiable = torch.is_grad_enabled()
     plan = Plan(

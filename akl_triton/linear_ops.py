@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .backend import backend_of
+from .backend import losses_of
 from .divergences import RULE_SCHEMA, Rule
 from .kernels.layout import STATISTICS
 from .rows import LARGEST_WRITTEN, blocks, damping, empty_result, power_of_two, room
@@ -312,7 +312,7 @@ def _sweep(
             _project(hidden, teacher_weight, sides.teacher_bias, out=t)
         ids = None if sides.ids is None else sides.ids[rows]
         result = empty_result(s[None], with_stats, ids)
-        backend_of(plan.backend, ids).forward(
+        losses_of(plan.backend, ids, rule.vocab_size).forward(
             s[None],
             t[None],
             None,

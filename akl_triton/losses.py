@@ -399,7 +399,11 @@ def _loss(
     else:
         checks.check_logits(student, teacher)
     checks.check_tokens(labels, options["mask"], options["token_weights"], shift, student)
-    checks.check_targets(labels, options["mask"], rule, options["ignore_index"], student.shape[-1])
+    widths = {"student_logits": student.shape[-1]}
+    if ids is None:
+        widths["teacher_logits"] = teacher.shape[-1]
+    vocabulary = checks.check_vocab_size(rule.vocab_size, widths)
+    checks.check_targets(labels, options["mask"], rule, options["ignore_index"], vocabulary)
     items = checks.check_num_items(options["num_items"], reduction, student)
     wants_gradient = student.requires_grad and torch.is_grad_enabled()
     if inplace:
@@ -436,6 +440,7 @@ def rule_of(divergence: Divergence, options: Any) -> Rule:
         LogitMap(options["teacher_softcap"], options["teacher_logit_scale"]),
         divergence_weight=kd_ratio * (temperature**2 if options["scale_by_t2"] else 1.0),
         label_weight=1.0 - kd_ratio,
+        vocab_size=options["vocab_size"],
     )
 
 

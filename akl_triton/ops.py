@@ -15,7 +15,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from .backend import backend_of
+from .backend import backend_of, losses_of
 from .divergences import RULE_SCHEMA, Rule
 from .rows import LARGEST_WRITTEN, damping, empty_result, power_of_two, room
 
@@ -32,10 +32,10 @@ NAMESPACE = __name__.rpartition(".")[0].replace(".", "_")
 )
 def divergence(student, teacher, ids, valid, labels, with_stats, backend, *rule):  # type: ignore[no-untyped-def]
     """(loss [N], state, stats or no rows of them) in fp32: see layout."""
-    result = empty_result(student, with_stats, ids)
+    result, rule = empty_result(student, with_stats, ids), Rule.unpack(*rule)
     if student.numel():
-        backend_of(backend, ids).forward(
-            student, teacher, valid, labels, Rule.unpack(*rule), result
+        losses_of(backend, ids, rule.vocab_size).forward(
+            student, teacher, valid, labels, rule, result
         )
     return result
 
@@ -55,8 +55,9 @@ def divergence_backward(upstream, student, teacher, ids, valid, labels, state, b
     """upstream [N] * dloss/dstudent, [outer, inner, V_s] in the student's dtype."""
     gradient = torch.empty(student.shape, dtype=student.dtype, device=student.device)
     if student.numel():
-        backend_of(backend, ids).backward(
-            upstream, student, teacher, valid, labels, state, Rule.unpack(*rule), gradient
+        rule = Rule.unpack(*rule)
+        losses_of(backend, ids, rule.vocab_size).backward(
+            upstream, student, teacher, valid, labels, state, rule, gradient
         )
     return gradient
 
@@ -79,14 +80,14 @@ def divergence_with_gradient(  # type: ignore[no-untyped-def]
     """(loss [N], stats), and upstream [N] * dloss/dstudent written over the student logits.
 
     `damped` divides that of a row by `damping` of its loss."""
-    result = empty_result(student, with_stats, ids)
+    result, rule = empty_result(student, with_stats, ids), Rule.unpack(*rule)
     if student.numel():
-        backend_of(backend, ids).forward(
+        losses_of(backend, ids, rule.vocab_size).forward(
             student,
             teacher,
             valid,
             labels,
-            Rule.unpack(*rule),
+            rule,
             result,
             upstream=upstream,
             gradient=student,

@@ -87,6 +87,16 @@ class SharedOptions(TypedDict, total=False):
             "these are ignored, is taken as 1 and gives 0",
         ),
     ]
+    vocab_size: Annotated[
+        int | None,
+        Option(
+            None,
+            "the tokens of a vocabulary that is padded (Qwen 2.5: 151665 of 151936 and 152064 "
+            "logits): the logits from there on have no probability on either side, and a gradient "
+            "of exactly 0; nothing is copied",
+            checks.check_optional_integer,
+        ),
+    ]
     scale_by_t2: Annotated[
         bool,
         Option(
@@ -166,7 +176,7 @@ class ChunkOptions(TypedDict, total=False):
             None,
             "bytes that the logits of both sides may take at a time; by default 1 GiB, on a CPU "
             "256 MiB",
-            checks.check_chunk_bytes,
+            checks.check_optional_integer,
         ),
     ]
     accum_dtype: Annotated[

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .backend import Backend
 
 _COLUMNS = [STATISTICS.index(name) for name in OF_STUDENT]
+_COLUMNS_WITHOUT_LABELS = OF_STUDENT.index("cross_entropy")  # those before it
 
 
 class BackendOfPairs:
@@ -63,8 +64,9 @@ class BackendOfPairs:
         if labels is not None:
             cross_entropy = state.of_student[:, OF_STUDENT.index("cross_entropy")]
             result.loss.add_(cross_entropy, alpha=rule.label_weight)
-        if with_stats:
-            result.stats[:, _COLUMNS] = state.of_student
+        if with_stats:  # the cross-entropy is NaN without labels, as it stands there
+            known = len(_COLUMNS) if labels is not None else _COLUMNS_WITHOUT_LABELS
+            result.stats[:, _COLUMNS[:known]] = state.of_student[:, :known]
         if upstream is None or gradient is None:
             return
         of_label = None if labels is None else upstream * rule.label_weight
@@ -104,9 +106,6 @@ class BackendOfPairs:
             of_pairs, of_label, student, self.ids, valid, labels, parts.of_pairs, rule, gradient
         )
 
-    def rescale(self, rows: Tensor, factor: Tensor) -> None:
-        self.backend.rescale(rows, factor)
-
 
 def _of_entries(rule: Rule) -> Rule:
     """The rule of the divergence of the entries, which are logarithms of probabilities."""
@@ -116,4 +115,5 @@ def _of_entries(rule: Rule) -> Rule:
         teacher_map=LogitMap(),
         label_weight=0.0,
         rest=True,
+        vocab_size=None,
     )

@@ -116,7 +116,7 @@ def pairs_kernel(
         tl.store(log_q_row + pair, log_q, mask=pair < k)
         tl.store(log_q_row + k, (tl.log2(z_rest) - log2_z) * LN2)
 
-        entropy, agreement, cross_entropy = 0.0, 0.0, float("nan")
+        entropy, agreement, cross_entropy = 0.0, 0.0, 0.0
         if STATS:
             entropy = (log2_z - log_z / z) * LN2
             t = tl.load(t_ptr + row * (k + 1) + pair, mask=pair < k, other=float("-inf"))

@@ -77,7 +77,7 @@ def test_oracle_is_its_formula_and_its_gradient(outside: Any, divergence: str) -
     g = torch.Generator().manual_seed(0)
     s = torch.randn(1, 9, generator=g, dtype=torch.float64, requires_grad=True)
     ids, p = torch.tensor([[7, 2, 4]]), torch.tensor([[0.3, 0.4, 0.1]], dtype=torch.float64)
-    numbers = {"beta": 0.3} if divergence == "jensen_shannon" else {}
+    numbers: dict[str, Any] = {"beta": 0.3} if divergence == "jensen_shannon" else {}
 
     def loss(s: Tensor) -> Tensor:
         q = torch.softmax(s / 2.0, dim=-1)[0]

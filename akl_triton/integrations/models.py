@@ -134,7 +134,8 @@ def distillation_loss_of_models(
     )
     student_found, ours = described(student, "student")
     teacher_found, theirs = described(teacher, "teacher")
-    check_vocabularies(ours.vocab_size, theirs.vocab_size, tokenizers, same_vocabulary)
+    vocab_size = given.get("vocab_size")
+    check_vocabularies(ours.vocab_size, theirs.vocab_size, tokenizers, same_vocabulary, vocab_size)
     teacher_hidden, teacher_weight, teacher_bias = _teacher_side(
         teacher, teacher_found, theirs, arguments
     )
@@ -174,18 +175,23 @@ def check_vocabularies(
     teacher_size: int,
     tokenizers: tuple[Any, Any] | None = None,
     same_vocabulary: bool = True,
+    vocab_size: int | None = None,
 ) -> None:
     """Student and teacher have the same tokens, or an error says which ids differ.
 
-    Without tokenizers their number alone can be compared."""
+    Without tokenizers their number alone can be compared. `vocab_size` is the option of the loss:
+    the logits behind that many tokens are padding."""
     checks.check_flag("same_vocabulary", same_vocabulary)
+    if vocab_size is not None:
+        student_size, teacher_size = (min(x, vocab_size) for x in (student_size, teacher_size))
     common, all_of_them = sorted((student_size, teacher_size))
     if same_vocabulary and common != all_of_them:
         larger = "student" if student_size > teacher_size else "teacher"
         raise ValueError(
             f"teacher: expected the vocabulary of the student, {student_size} logits, got "
             f"{teacher_size}: the ids {common} to {all_of_them - 1} are the {larger}'s alone; if "
-            "these are padding or tokens that the other side never has, pass same_vocabulary=False"
+            "these are padding, pass vocab_size; if they are tokens that the other side never has, "
+            "pass same_vocabulary=False"
         )
     if tokenizers is None:
         return

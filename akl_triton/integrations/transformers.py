@@ -122,7 +122,13 @@ class DistillationMixin(_AnyTrainer):
         if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             _, ours = described(model, "model")
             _, theirs = described(teacher_model, "teacher_model")
-            check_vocabularies(ours.vocab_size, theirs.vocab_size, tokenizers, same_vocabulary)
+            check_vocabularies(
+                ours.vocab_size,
+                theirs.vocab_size,
+                tokenizers,
+                same_vocabulary,
+                options.get("vocab_size"),
+            )
         self._trained = self._no_sums()
         self._evaluated = self._no_sums("loss")
 

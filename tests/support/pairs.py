@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -50,7 +52,7 @@ def pairs_of_every_kind(
 
 
 def head_faults(
-    divergence: AdaptiveKL, student: Tensor, teacher: SparseTeacher, stats: object, **maps: float
+    divergence: AdaptiveKL, student: Tensor, teacher: SparseTeacher, stats: object, **maps: Any
 ) -> list[str]:
     """A line for each fault of the heads of a finite row: those of the oracle for some mu' in
     mu (1 +- MU_SLACK)."""
