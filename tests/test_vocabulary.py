@@ -93,7 +93,7 @@ def test_nothing_is_copied() -> None:
 
     def step(**options: Any) -> int:
         def call() -> None:
-            torch.autograd.grad(adaptive_kl(student[:, :39990], teacher[:, :39990]) if options else adaptive_kl(student, teacher), student)
+            torch.autograd.grad(adaptive_kl(student, teacher, **options), student)
 
         return peak_memory(call, student.device)
 
