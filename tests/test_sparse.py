@@ -417,7 +417,7 @@ def test_shapes_and_weights_that_do_not_fit() -> None:
         linear_distillation_loss(
             torch.zeros(1, 4), torch.zeros(5, 4), teacher_of(), torch.zeros(5, 4)
         )
-    with pytest.raises(TypeError, match="teacher_weight: expected a torch.Tensor, got NoneType"):
+    with pytest.raises(TypeError, match=r"teacher_weight: expected a torch\.Tensor, got NoneType"):
         linear_distillation_loss(torch.zeros(1, 4), torch.zeros(5, 4), torch.zeros(1, 4))
     with pytest.raises(ValueError, match="k: expected an integer from 1 to 5"):
         teacher_pairs(torch.zeros(1, 5), 6)

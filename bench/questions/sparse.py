@@ -18,7 +18,7 @@ from bench.inputs.real_logits import real_logits
 from bench.lab import ptxcpu
 from bench.lab.compile import NVIDIA, RecordedLaunch, record_launches
 from bench.lab.sass import Loop, analyse
-from bench.questions.instructions import GPUS
+from bench.questions.instructions import GPUS, MAIN_TARGET
 from bench.questions.traffic import ARCH, totals
 from bench.report.tables import table
 
@@ -43,7 +43,7 @@ def collect(rows: int = 256, counted_rows: int = 8) -> dict[str, Any]:
         "kernels": [
             kernels(target, k)
             for target in GPUS
-            for k in ((64, 1024) if target == "sm_90" else (64,))
+            for k in ((64, 1024) if target == MAIN_TARGET else (64,))
         ],
         "traffic": traffic(student[:counted_rows].bfloat16(), teacher[:counted_rows], 64),
     }
@@ -139,8 +139,8 @@ def traffic(student: Tensor, teacher: Tensor, k: int) -> dict[str, float]:
 def markdown(data: dict[str, Any]) -> str:
     distances = sorted({case["forward_kl"] for case in data["errors"]}, reverse=True)
     parts = [
-        "The error of the gradient of k pairs, relative to that of the whole vocabulary (norms over "
-        f"{data['rows']} rows of V = {data['vocabulary']:,}), by `outside` and by the distance of "
+        "The error of the gradient of k pairs, relative to that of the whole vocabulary (norms "
+        f"over {data['rows']} rows of V = {data['vocabulary']:,}), by `outside` and by the distance of "
         'the student. "bucket and the student\'s k" adds the k tokens that the student finds most '
         "probable, which an online teacher can be asked for.",
     ]
@@ -166,10 +166,10 @@ def markdown(data: dict[str, Any]) -> str:
     asked = data["traffic"]["bytes_read"] + data["traffic"]["bytes_written"]
     parts += [
         f"A step of adaptive KL asks for {asked:.2f} bytes a position at k = 64 (bf16, V = "
-        f"{data['vocabulary']:,}, real logits): two readings and a writing of the student's logits, "
-        "and the pairs.",
-        f"SASS instructions a position in the loops over full blocks, bf16, V = {VOCABULARY:,}; the "
-        "most bytes of stack of the four kernels of a step:",
+        f"{data['vocabulary']:,}, real logits): two readings and a writing of the student's "
+        "logits, and the pairs.",
+        f"SASS instructions a position in the loops over full blocks, bf16, V = {VOCABULARY:,}; "
+        "the most bytes of stack of the four kernels of a step:",
         table(
             ("GPU", "k", "statistics", "gradient", "total", "registers", "stack"),
             [
