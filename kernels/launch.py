@@ -96,6 +96,7 @@ def forward(
     )
     with_statistics = stats is not None or has_head
     name = "head or statistics" if with_statistics else "terms" if terms else "fixed weight"
+    name = "entries of pairs" if rest else name
     _launch(forward_kernel, name, loss.shape[0], arguments, in_one_block=rest)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from akl_triton import AdaptiveKL, Divergence, ForwardKL, SparseTeacher, distillation_loss
 from akl_triton import teacher_pairs as pairs_of
-from bench.inputs.real_logits import real_logits
+from bench.inputs.real_logits import real_logits, resampled
 from bench.lab import ptxcpu
 from bench.lab.compile import NVIDIA, RecordedLaunch, record_launches
 from bench.lab.sass import Loop, analyse
@@ -45,7 +45,9 @@ def collect(rows: int = 256, counted_rows: int = 8) -> dict[str, Any]:
             for target in GPUS
             for k in ((64, 1024) if target == MAIN_TARGET else (64,))
         ],
-        "traffic": traffic(student[:counted_rows].bfloat16(), teacher[:counted_rows], 64),
+        "traffic": traffic(
+            *resampled(student[:counted_rows], teacher[:counted_rows], VOCABULARY, VOCABULARY), 64
+        ),
     }
 
 
@@ -128,21 +130,26 @@ def _per_position(launch: RecordedLaunch) -> float:
 
 
 def traffic(student: Tensor, teacher: Tensor, k: int) -> dict[str, float]:
-    """Bytes that a step asks for, over vocabulary positions."""
-    leaf = student.clone().requires_grad_()
+    """Bytes that a step asks for, and those of the distinct sectors that its launches touch, over
+    vocabulary positions."""
+    leaf = student.bfloat16().requires_grad_()
     with ptxcpu.active(arch=ARCH) as counters:
         distillation_loss(leaf, pairs_of(teacher, k), backend="triton").backward()  # type: ignore[no-untyped-call]
         counts = totals(counters)
-    return {name: counts[name] / student.numel() for name in ("bytes_read", "bytes_written")}
+    of_step = {
+        "asked": counts["bytes_read"] + counts["bytes_written"],
+        "compulsory": counts["compulsory_read"] + counts["compulsory_written"],
+    }
+    return {name: count / student.numel() for name, count in of_step.items()}
 
 
 def markdown(data: dict[str, Any]) -> str:
     distances = sorted({case["forward_kl"] for case in data["errors"]}, reverse=True)
     parts = [
         "The error of the gradient of k pairs, relative to that of the whole vocabulary (norms "
-        f"over {data['rows']} rows of V = {data['vocabulary']:,}), by `outside` and by the distance of "
-        'the student. "bucket and the student\'s k" adds the k tokens that the student finds most '
-        "probable, which an online teacher can be asked for.",
+        f"over {data['rows']} rows of V = {data['vocabulary']:,}), by `outside` and by the "
+        'distance of the student. In "bucket and the student\'s k" the k tokens are added that the '
+        "student finds most probable, which an online teacher can be asked for.",
     ]
     for name in ("forward_kl", "adaptive_kl"):
         kinds = [kind for kind in KINDS if kind in data["errors"][0]["gradient_errors"][name]]
@@ -163,11 +170,11 @@ def markdown(data: dict[str, Any]) -> str:
                 texts=0,
             ),
         ]
-    asked = data["traffic"]["bytes_read"] + data["traffic"]["bytes_written"]
     parts += [
-        f"A step of adaptive KL asks for {asked:.2f} bytes a position at k = 64 (bf16, V = "
-        f"{data['vocabulary']:,}, real logits): two readings and a writing of the student's "
-        "logits, and the pairs.",
+        f"A step of adaptive KL asks for {data['traffic']['asked']:.2f} bytes a position at k = 64 "
+        f"(bf16, V = {VOCABULARY:,}, resampled from real logits), and its launches touch the "
+        f"sectors of {data['traffic']['compulsory']:.2f}: two readings and a writing of the "
+        "student's logits, and the pairs.",
         f"SASS instructions a position in the loops over full blocks, bf16, V = {VOCABULARY:,}; "
         "the most bytes of stack of the four kernels of a step:",
         table(
@@ -191,7 +198,7 @@ def markdown(data: dict[str, Any]) -> str:
 
 def failures(data: dict[str, Any]) -> list[str]:
     """Costs beyond what was asked for, at k = 64 on NVIDIA's GPUs."""
-    asked = data["traffic"]["bytes_read"] + data["traffic"]["bytes_written"]
+    asked = data["traffic"]["asked"]
     found = [f"{asked:.2f} bytes a position, more than {MOST_BYTES}"] if asked > MOST_BYTES else []
     for case in data["kernels"]:
         total = sum(case["instructions"].values())

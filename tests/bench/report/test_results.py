@@ -22,7 +22,7 @@ FIGURES = {
     "growth": "bytes",
     "convergence": "gradient_error",
     "linear": "peak_bytes",
-    "sparse": "forward_kl",
+    "sparse": "compulsory",
     "floor": "nanoseconds",
     "on_real_logits": "milliseconds",
     "demo": "head_share",
