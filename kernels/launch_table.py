@@ -20,6 +20,7 @@ class Launch(NamedTuple):
 # sweeps (`python -m bench l2`). Of longer rows only one does: kernels with several sweeps then have
 # one block an SM, of 512 threads, each of which may have 128 registers.
 LARGEST_OF_TWO = 65_536
+REGISTERS = 65_536  # of an SM
 
 
 def _by_vocabulary(
@@ -66,5 +67,6 @@ def candidates(kernel: str) -> tuple[Launch, ...]:
     shapes = ((1024, 128), (1024, 256), (2048, 256), (2048, 512))
     fewer = (Launch(2048, 256, 48), Launch(2048, 256, 40)) if kernel == "gradient" else ()
     longest = launch_for(kernel, LARGEST_OF_TWO + 1)
-    launches = (*(Launch(*shape, registers) for shape in shapes), *fewer, longest)
+    wide = (Launch(b, n, min(registers, REGISTERS // n)) for b, n in shapes)
+    launches = (*wide, *fewer, longest)
     return tuple(dict.fromkeys(launches))

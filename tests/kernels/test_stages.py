@@ -63,7 +63,7 @@ def head_kernel(
     slots = tl.load(slots_ptr + tl.arange(0, BLOCK))
     crossing, mass, k, each, cut = head_boundary(
         t_ptr, 0, V, scale, None, reference, z, slots, tl.max(slots, axis=0), hidden, V // BLOCK,
-        mu, INCLUSIVE, True, BLOCK,
+        mu, INCLUSIVE, True, False, BLOCK,
     )  # fmt: skip
     tl.store(out_ptr + 0, crossing)
     tl.store(out_ptr + 1, mass)
@@ -81,7 +81,7 @@ def divergence_kernel(
     w, gap, size, _, _, _, full_end = row_divergence(
         t_ptr, s_ptr, 0, V, V, scale, None, scale, None,
         reference_t, z_t, reference_s, z_s, V // BLOCK, crossing, k, cut,
-        0.0, 0.0, 0.0, 0.0, 0.0, 0.0, True, True, True, None, False, False, True, BLOCK,
+        None, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, True, True, True, None, False, False, True, BLOCK,
     )  # fmt: skip
     tl.store(out_ptr + 0, w)
     tl.store(out_ptr + 1, gap)
