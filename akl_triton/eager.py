@@ -208,9 +208,10 @@ def pairs(
         )  # fmt: skip
         state.log_q[rows] = made.log_q
         state.of_pairs[rows, : len(made.state)] = torch.cat(made.state, dim=-1)
-        state.of_student[rows] = torch.cat(made.of_student, dim=-1)
+        state.of_student[rows, : len(made.of_student)] = torch.cat(made.of_student, dim=-1)
 
-    state.of_pairs.zero_()  # not all of its columns are written
+    state.of_pairs.zero_()  # not all of their columns are written
+    state.of_student.zero_()
     _for_each_chunk(work, student, student, valid, _OF_PAIRS)
     for rows_of in (state.log_q, state.of_pairs, state.of_student):
         _clear_invalid(rows_of, valid)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .kernels.layout import OF_STUDENT, PAIRS_STATE_WIDTH, STATE_WIDTH, STATISTICS
+from .kernels.layout import OF_STUDENT_WIDTH, PAIRS_STATE_WIDTH, STATE_WIDTH, STATISTICS
 
 
 class LogitMap(NamedTuple):
@@ -35,12 +35,12 @@ class PairState(NamedTuple):
 
     of_entries: Tensor  # [N, layout.STATE_WIDTH], of the divergence of the entries
     of_pairs: Tensor  # [N, layout.PAIRS_STATE_WIDTH], of what made the student's
+    of_student: Tensor  # [N, layout.OF_STUDENT_WIDTH], statistics
     log_q: Tensor  # [N, k + 1], the student's entries
-    of_student: Tensor  # [N, len(layout.OF_STUDENT)], statistics
 
     @staticmethod
     def widths(pairs: int) -> tuple[int, int, int, int]:
-        return STATE_WIDTH, PAIRS_STATE_WIDTH, pairs + 1, len(OF_STUDENT)
+        return STATE_WIDTH, PAIRS_STATE_WIDTH, OF_STUDENT_WIDTH, pairs + 1
 
     @classmethod
     def of(cls, state: Tensor, pairs: int) -> PairState:

@@ -156,8 +156,8 @@ def pairs(
     valid: torch.Tensor | None,  # [N] bool, N = outer * inner
     labels: torch.Tensor | None,  # [N] int32 | int64
     log_q: torch.Tensor,  # [N, k + 1] fp32
-    state: torch.Tensor,  # [N, 5] fp32
-    of_student: torch.Tensor,  # [N, 3] fp32: layout.OF_STUDENT
+    state: torch.Tensor,  # [N, 8] fp32
+    of_student: torch.Tensor,  # [N, 4] fp32: layout.OF_STUDENT
     *,
     temperature: float,
     rest: bool,  # whether the rest is an entry
@@ -191,7 +191,7 @@ def pairs_backward(
     ids: torch.Tensor,  # [N, k] int32, as in `pairs`
     valid: torch.Tensor | None,  # [N] bool
     labels: torch.Tensor | None,  # [N] int32 | int64
-    state: torch.Tensor,  # [N, 5] fp32 of pairs
+    state: torch.Tensor,  # [N, 8] fp32 of pairs
     of_pairs: torch.Tensor,  # [N, k + 1] fp32, the gradient of log_q; contiguous
     of_label: torch.Tensor | None,  # [N] fp32, that of the cross-entropy; contiguous
     *,

@@ -17,7 +17,8 @@ STATISTICS = (
 # The id of a pair that is not there, behind those that are.
 ABSENT = 2**31 - 1
 # The backward's input of a teacher of pairs: lse of the tokens that are no pair, and a factor of
-# their exponentials, likewise of all tokens at T = 1, and what a backend adds.
-PAIRS_STATE_WIDTH = 5
-# The statistics that the pairs do not show.
+# their exponentials, likewise of all tokens at T = 1, and what a backend adds. The statistics that
+# the pairs do not show. The widths are those of rows, which start on 16 bytes whatever N is.
+PAIRS_STATE_WIDTH = 8
 OF_STUDENT = ("student_entropy", "top1_agreement", "cross_entropy")
+OF_STUDENT_WIDTH = 4

@@ -44,7 +44,7 @@ from .statistics import REFERENCE_LIMIT, SUM_LIMIT
 
 ABSENT = tl.constexpr(layout.ABSENT)
 PAIRS_STATE_WIDTH = tl.constexpr(layout.PAIRS_STATE_WIDTH)
-OF_STUDENT = tl.constexpr(len(layout.OF_STUDENT))
+OF_STUDENT_WIDTH = tl.constexpr(layout.OF_STUDENT_WIDTH)
 # Z_rest is summed without the pairs where its share of Z is below this share of the teacher's rest,
 # or below 2^-18: ln q_rest is then off by less than 2^-20 / tau elsewhere.
 OF_TEACHERS_REST = tl.constexpr(2.0**-3)
@@ -59,8 +59,8 @@ def pairs_kernel(
     valid_ptr,  # [N] bool, rows that count (HAS_MASK)
     labels_ptr,  # [N] token of the cross-entropy (HAS_LABELS)
     log_q_ptr,  # [N, k + 1] fp32, ln q of the same
-    state_ptr,  # [N, 5] fp32, what the backward needs
-    of_student_ptr,  # [N, 3] fp32: layout.OF_STUDENT
+    state_ptr,  # [N, 8] fp32, what the backward needs
+    of_student_ptr,  # [N, 4] fp32: layout.OF_STUDENT
     outer_s, inner_s, inner, V, k, base_lead,
     scale_s, gain_s, scale_1,  # of `scaled`
     REST: tl.constexpr,  # whether the rest is an entry, or has no mass on either side
@@ -75,7 +75,7 @@ def pairs_kernel(
     pair = tl.arange(0, PAIRS)
     log_q_row = log_q_ptr + row * (k + 1)
     state = state_ptr + row * PAIRS_STATE_WIDTH
-    of_student = of_student_ptr + row * OF_STUDENT
+    of_student = of_student_ptr + row * OF_STUDENT_WIDTH
     valid = True
     if HAS_MASK:
         valid = tl.load(valid_ptr + row) != 0
@@ -132,6 +132,7 @@ def pairs_kernel(
         tl.store(of_student + 0, entropy)
         tl.store(of_student + 1, agreement)
         tl.store(of_student + 2, cross_entropy)
+        tl.store(of_student + 3, 0.0)
 
         some = z_rest != 0.0  # or else no other token has any mass
         lse_rest, lost_rest = rounded_sum(reference, tl.log2(tl.where(some, z_rest, z)))
@@ -146,10 +147,12 @@ def pairs_kernel(
         nothing = cross_entropy * 0.0 if HAS_LABELS else 0.0
         tl.store(state + 3, tl.exp2(-lost_1) + nothing)
         tl.store(state + 4, tl.where(full_end == 0, 0.0, 1.0))
+        for i in tl.static_range(5, PAIRS_STATE_WIDTH):
+            tl.store(state + i, 0.0)
     else:  # nobody reads them, but an operator's output must not depend on what was there
         tl.store(log_q_row + pair, 0.0, mask=pair < k)
         tl.store(log_q_row + k, 0.0)
-        for i in tl.static_range(OF_STUDENT):
+        for i in tl.static_range(OF_STUDENT_WIDTH):
             tl.store(of_student + i, 0.0)
         for i in tl.static_range(PAIRS_STATE_WIDTH):
             tl.store(state + i, 0.0)
@@ -248,7 +251,7 @@ def pairs_gradient_kernel(
     ids_ptr,  # [N, k] int32, ascending, ABSENT last
     valid_ptr,  # [N] bool (HAS_MASK)
     labels_ptr,  # [N] (HAS_LABELS)
-    state_ptr,  # [N, 5] fp32 of pairs_kernel
+    state_ptr,  # [N, 8] fp32 of pairs_kernel
     of_pairs_ptr,  # [N, k + 1] fp32, the gradient of the entries
     of_label_ptr,  # [N] fp32, that of the cross-entropy (HAS_LABELS)
     outer_s, outer_ds, inner_s, inner_ds, inner, V, k, base_lead,

@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
+import shutil
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from akl_triton import AdaptiveKL, Divergence, ForwardKL, SparseTeacher, distillation_loss
+from akl_triton import (
+    AdaptiveKL,
+    DecoupledKL,
+    Divergence,
+    ForwardKL,
+    LKHybrid,
+    MixedKL,
+    SparseTeacher,
+    distillation_loss,
+    forward_kl,
+    teacher_pairs,
+)
 from akl_triton.verify import exact_of_pairs, faults
+from bench.lab import ptxcpu
+from bench.lab.compile import TARGETS, RecordedLaunch, record_launches
+from bench.lab.sass import analyse
+from tests.kernels.conftest import INTERPRETER
 from tests.support.cases import V_S, labels_of
 from tests.support.pairs import SPARSE_DIVERGENCES, head_faults, pairs_of_every_kind
 
@@ -93,8 +109,19 @@ def check(
     assert faults(loss.cpu(), gradient.cpu(), of, upstream=upstream) == []
 
 
-@pytest.mark.parametrize("divergence", SPARSE_DIVERGENCES, ids=str)
-def test_every_member(divergence: Divergence, device: torch.device) -> None:
+# What a member is of the entries is that of dense teachers, which tests/test_family.py compiles for
+# all: here it is compiled for the kinds that have code of their own, and interpreted for all.
+MEMBERS = (
+    SPARSE_DIVERGENCES
+    if INTERPRETER
+    else tuple(
+        x for x in SPARSE_DIVERGENCES if isinstance(x, (AdaptiveKL, MixedKL, LKHybrid, DecoupledKL))
+    )
+)
+
+
+@pytest.mark.parametrize("divergence", MEMBERS, ids=str)
+def test_every_kind_of_member(divergence: Divergence, device: torch.device) -> None:
     student, teacher = pairs_of_every_kind()
     check(divergence, student, teacher, device)
 
@@ -125,3 +152,101 @@ def test_numbers_of_pairs(k: int, device: torch.device) -> None:
     """One; as many as fill a block with the rest, which does not begin where they do; the most."""
     student, teacher = pairs_of_every_kind(k)
     check(AdaptiveKL(mu=0.9), student, teacher, device)
+
+
+@pytest.mark.parametrize("offset", [0, 3])
+def test_rows_that_count_and_rows_that_are_broken(offset: int, device: torch.device) -> None:
+    """Rows of a wider tensor, some of which do not count, hold NaN, or have pairs that are broken:
+    these are 0, NaN and NaN, and no other row is."""
+    student, sound = pairs_of_every_kind(finite=False)
+    n, v = student.shape
+    wide = torch.full((n, v + 19), torch.nan, device=device)
+    rows = wide[:, offset : offset + v]
+    rows.copy_(student)
+    teacher = to(device, sound)
+    teacher.ids[0, -1] = teacher.ids[0, -2]
+    teacher.ids[2, -1] = v
+    mask = torch.arange(n, device=device) % 3 != 1
+    leaf = rows.detach().requires_grad_()
+    loss = forward_kl(leaf, teacher, mask=mask, reduction="none", backend="triton")
+    loss.sum().backward()
+    assert leaf.grad is not None
+    gradient, loss, counts = leaf.grad.cpu(), loss.detach().cpu(), mask.cpu()
+    assert not loss[~counts].any() and not gradient[~counts].any()
+    broken = student.isnan().any(-1)
+    broken[0] = broken[2] = True
+    # All -inf on the teacher's side: no pair has any mass, and neither has the rest.
+    broken |= teacher.entries().isnan().any(-1).cpu()
+    assert loss[counts & broken].isnan().all() and gradient[counts & broken].isnan().all()
+    assert loss[counts & ~broken].isfinite().all() and gradient[counts & ~broken].isfinite().all()
+    right = counts & ~broken
+    expected = forward_kl(student, sound, reduction="none", mask=right)
+    torch.testing.assert_close(loss[right], expected[right], rtol=1e-5, atol=2e-6)
+
+
+# ---------------------------------------------------------------- compiled code
+
+compiled = pytest.mark.skipif(INTERPRETER, reason="the interpreter compiles nothing")
+
+
+def launched(target: str, sizes: tuple[int, int, int] = (2, 151_936, 64)) -> list[RecordedLaunch]:
+    """What a step launches, of N, V and k."""
+    n, v, k = sizes
+    student = torch.zeros(n, v, dtype=torch.bfloat16, requires_grad=True)
+    teacher = SparseTeacher(torch.arange(k).expand(n, -1), torch.full((n, k), 0.5 / k).log())
+    with record_launches(target) as launches:
+        distillation_loss(student, teacher, backend="triton").backward()
+    return launches
+
+
+@compiled
+@pytest.mark.parametrize("target", TARGETS)
+def test_loops_over_full_blocks_move_16_bytes(target: str) -> None:
+    for launch in launched(target):
+        if not launch.name.startswith("pairs"):
+            continue
+        code = analyse(launch.compiled)
+        loops = [
+            loop.body
+            for loop in code.innermost_loops
+            if loop.body.special.get("ex2", 0) and loop.body.bytes_loaded
+        ]
+        unrolled = max(loops, key=lambda body: body.bytes_loaded)
+        assert set(unrolled.global_loads) == {16}
+        assert unrolled.barriers == unrolled.shuffles == unrolled.local_accesses == 0
+        if launch.name == "pairs_gradient_kernel":
+            assert unrolled.global_stores == unrolled.global_loads
+
+
+@compiled
+def test_one_compilation_serves_all_sizes() -> None:
+    """N, V and k are run-time values but for the class of k; the entries, which are k + 1, have an
+    alignment as other rows do."""
+    seen: dict[str, set[str]] = {}
+    for sizes in ((2, 151_936, 64), (3, 32_000, 50), (7, 49_152, 33)):
+        for launch in launched("sm_90", sizes):
+            seen.setdefault(launch.name, set()).add(launch.compiled.hash)
+    assert len(seen["pairs_kernel"]) == len(seen["pairs_gradient_kernel"]) == 1
+    assert len(seen["forward_kernel"]) <= 2 and len(seen["backward_kernel"]) <= 2
+
+
+@compiled
+@pytest.mark.skipif(shutil.which("g++") is None, reason="ptxcpu needs the C++ compiler g++")
+def test_pairs_and_labels_are_read_before_and_written_after_the_others() -> None:
+    """In place, another warp may be ahead."""
+    g = torch.Generator().manual_seed(0)
+    student, teacher = torch.randn(2, 6, 5003, generator=g).bfloat16()
+    pairs = teacher_pairs(teacher, 24)
+    labels = pairs.ids[:, 3].long()
+    labels[::2] = torch.linspace(0, 5002, 3).long()
+    results: list[Tensor] = []
+    for schedule in range(9):
+        leaf = student.clone().requires_grad_()
+        with ptxcpu.active(arch=90, sched=schedule):
+            loss = forward_kl(
+                1.0 * leaf, pairs, labels, kd_ratio=0.5, inplace=True, backend="triton"
+            )
+            loss.backward()
+        assert leaf.grad is not None
+        results.append(leaf.grad)
+        assert torch.equal(leaf.grad, results[0]), f"schedule {schedule}"
