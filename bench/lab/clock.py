@@ -129,18 +129,29 @@ def summarise(milliseconds: Sequence[float], host: float) -> Times:
     return Times(median, fifths[0], fifths[-1], len(milliseconds), host)
 
 
+def times_in_turn(
+    steps: Mapping[str, Callable[[], Any]],
+    rounds: int,
+    device: torch.device,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, list[float]]:
+    """The seconds of each in every one of `rounds` rounds of all of them. Call each once before."""
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(rounds):
+        for name, step in steps.items():
+            synchronize(device)
+            started = clock()
+            step()
+            synchronize(device)
+            seconds[name].append(clock() - started)
+    return seconds
+
+
 def least_times(
     steps: Mapping[str, Callable[[], Any]], rounds: int, device: torch.device
 ) -> dict[str, float]:
     """The least seconds of each over `rounds` rounds of all of them, after one that is not
     counted."""
-    least = dict.fromkeys(steps, float("inf"))
-    for turn in range(rounds + 1):
-        for name, step in steps.items():
-            synchronize(device)
-            started = time.perf_counter()
-            step()
-            synchronize(device)
-            if turn:
-                least[name] = min(least[name], time.perf_counter() - started)
-    return least
+    for step in steps.values():
+        step()
+    return {name: min(of_step) for name, of_step in times_in_turn(steps, rounds, device).items()}

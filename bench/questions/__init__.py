@@ -23,6 +23,7 @@ QUESTIONS = {
     "growth": "How does cost grow with the rows and with the vocabulary?",
     "convergence": "How right is every divergence as the student nears the teacher?",
     "linear": "What do the losses of hidden states hold and take, compared with others?",
+    "trainer_step": "What does a step of a Trainer hold and take, with TRL's losses and with ours?",
     "sparse": "How far are the gradients of k pairs from the dense ones, and what do they cost?",
     "floor": "Which time can no GPU beat, by the stored figures of the others?",
     "on_real_logits": "Is the PyTorch backend faster than the authors' code here, and as right?",

@@ -91,3 +91,19 @@ def test_the_gpu_waits_until_all_is_enqueued(monkeypatch: pytest.MonkeyPatch) ->
 def test_statistics() -> None:
     times = clocks.summarise([5.0, 1.0, 2.0, 100.0, 3.0, 4.0], host=0.5)
     assert times == clocks.Times(3.5, 2.0, 5.0, 6, 0.5)
+
+
+def test_steps_take_turns() -> None:
+    """A clock that only the steps move."""
+    now = 0.0
+    order: list[str] = []
+
+    def step(name: str, seconds: float) -> None:
+        nonlocal now
+        now += seconds * (1 + len(order))
+        order.append(name)
+
+    steps = {"a": lambda: step("a", 1.0), "b": lambda: step("b", 10.0)}
+    seconds = clocks.times_in_turn(steps, 2, CPU, lambda: now)
+    assert order == ["a", "b", "a", "b"]
+    assert seconds == {"a": [1.0, 3.0], "b": [20.0, 40.0]}
