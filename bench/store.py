@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).with_name("results")
-PACKAGES = ("torch", "triton", "transformers", "liger-kernel", "speculators")
+PACKAGES = ("torch", "triton", "transformers", "liger-kernel", "speculators", "trl")
 
 
 def store(section: str, data: dict[str, Any], folder: Path = RESULTS) -> dict[str, Any]:

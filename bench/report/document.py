@@ -21,6 +21,7 @@ SECTIONS = {
     "growth": "Growth with N and V",
     "convergence": "Errors near convergence",
     "linear": "Fused linear: peak memory and time",
+    "trainer_step": "A step of a Trainer: TRL's losses and ours",
     "sparse": "Teachers of k pairs: errors of gradients, and costs",
     "floor": "Floors",
     "on_real_logits": "The PyTorch backend and the authors' code on real logits",

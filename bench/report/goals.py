@@ -116,6 +116,16 @@ def goals() -> list[Goal]:
             "change of the floats kept a row for the backward over N and V",
             *("growth", _kept, 0.0),
         ),
+        Goal(
+            "peak of the loss part of a step of training, over that of TRL's fused divergence",
+            *("trainer_step", _over_chunked(lambda m: float(m["loss_peak_bytes"])), 0.25),
+            digits=2,
+        ),
+        Goal(
+            "distance from float64 of the gradient of a step of training, over the same",
+            *("trainer_step", _over_chunked(lambda m: float(m["gradient_error"])), 2.0),
+            digits=2,
+        ),
     ]
 
 
@@ -252,3 +262,18 @@ def _growth_over_vocabularies(what: str) -> Callable[[Mapping[str, Any]], float]
 
 def _kept(data: Mapping[str, Any]) -> float:
     return _spread([float(f["kernels"]) for f in data["saved_state"]])
+
+
+# ---------------------------------------------------------------- trainer_step
+
+
+def _over_chunked(
+    figure: Callable[[Mapping[str, Any]], float],
+) -> Callable[[Mapping[str, Any]], float]:
+    """The largest ratio of ours by default, for all divergences."""
+
+    def ratio(data: Mapping[str, Any]) -> float:
+        rows = [case["methods"] for case in data["cases"]]
+        return max(figure(ours) / figure(chunked) for _, chunked, ours, _ in rows)
+
+    return ratio

@@ -22,6 +22,7 @@ FIGURES = {
     "growth": "bytes",
     "convergence": "gradient_error",
     "linear": "peak_bytes",
+    "trainer_step": "loss_peak_bytes",
     "sparse": "compulsory",
     "floor": "nanoseconds",
     "on_real_logits": "milliseconds",
