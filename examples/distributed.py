@@ -44,7 +44,7 @@ def main(steps: int, strategy: str) -> None:
     teacher.to(device)  # may be sharded likewise
     # Before any forward, after which FSDP2 may leave whole parameters in place of the shards.
     trained = [p for p in student.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-3)
+    optimizer = torch.optim.AdamW(trained, lr=5e-4)
     train, held_out = read_text(tokenizer)  # [sequences, 128]
     exam = {"input_ids": held_out}
     before = forward_kl_of(student, teacher, exam)

@@ -27,7 +27,7 @@ def main(steps: int) -> None:
     exam = {"input_ids": held_out}
     print(f"held out, before: forward KL {forward_kl_of(student, teacher, exam):.4f}")
 
-    optimizer = torch.optim.AdamW((p for p in student.parameters() if p.requires_grad), lr=1e-3)
+    optimizer = torch.optim.AdamW((p for p in student.parameters() if p.requires_grad), lr=5e-4)
     loader = DataLoader(train, BATCH, shuffle=True, drop_last=True)
     for step, ids in enumerate(islice(loader, steps)):
         labels = without_some(ids)

@@ -36,7 +36,7 @@ class Distillation(pl.LightningModule):
         self.log("forward_kl", loss)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW((p for p in self.student.parameters() if p.requires_grad), lr=1e-3)
+        return torch.optim.AdamW((p for p in self.student.parameters() if p.requires_grad), lr=5e-4)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         weights = checkpoint["state_dict"]

@@ -26,7 +26,7 @@ def main(steps: int) -> None:
     print(f"held out, before: forward KL {forward_kl_of(student, teacher, exam):.4f}")
 
     trained = [p for p in student.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-3)
+    optimizer = torch.optim.AdamW(trained, lr=5e-4)
     loader = DataLoader(train, batch_size=2, shuffle=True)
     for step, input_ids in enumerate(islice(loader, steps), start=1):
         batch = {"input_ids": input_ids.to(device)}  # every token counts: there are no labels

@@ -37,7 +37,7 @@ def main(steps: int) -> None:
                 output_dir=folder,
                 max_steps=steps,
                 per_device_train_batch_size=2,
-                learning_rate=1e-3,
+                learning_rate=5e-4,
                 lmbda=0.5,  # the share of the batches that the student samples
                 max_new_tokens=32,
                 logging_steps=min(steps, 5),

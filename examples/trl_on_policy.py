@@ -38,7 +38,7 @@ def main(steps: int) -> None:
                 output_dir=folder,
                 max_steps=steps,
                 per_device_train_batch_size=4,
-                learning_rate=1e-3,
+                learning_rate=5e-4,
                 max_completion_length=32,
                 logging_steps=min(steps, 5),
                 save_strategy="no",

@@ -41,7 +41,7 @@ DIVERGENCES = {"AKL": AdaptiveKL(), "FKL": ForwardKL(), "RKL": ReverseKL()}
 COLOURS = {"AKL": "#0072B2", "FKL": "#D55E00", "RKL": "#009E73"}
 
 BATCH = 2  # sequences
-LEARNING_RATE = 1e-3
+LEARNING_RATE = 5e-4
 EVALUATIONS = 6  # on each curve, after the first
 # Bytes of logits that are held at a time. The lm_head is frozen, so that no sum of dW makes small
 # chunks expensive.
