@@ -106,7 +106,8 @@ def check(
         **of_head,
         **maps,
     )
-    assert faults(loss.cpu(), gradient.cpu(), of, upstream=upstream) == []
+    roundings = 1.0 if INTERPRETER else 0.5  # where bf16 is truncated
+    assert faults(loss.cpu(), gradient.cpu(), of, upstream=upstream, roundings=roundings) == []
 
 
 # What a member is of the entries is that of dense teachers, which tests/test_family.py compiles for
