@@ -81,6 +81,8 @@ def check(
     **options: Any,
 ) -> None:
     upstream = torch.rand(len(student), generator=torch.Generator().manual_seed(2)) + 0.5
+    if inplace:  # it is rounded before it is multiplied
+        upstream = torch.ones_like(upstream)
     labels = labels_of(student) if "kd_ratio" in options else None
     loss, gradient, stats = gradient_of(
         student.to(device),
