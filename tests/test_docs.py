@@ -68,7 +68,7 @@ def test_before_and_after_in_the_readme_agree() -> None:
 
 
 def test_before_and_after_without_the_logits_agree() -> None:
-    *_, before, after = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    *_, before, after, _ = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
     def gradients(code: str) -> list[torch.Tensor]:
         torch.manual_seed(0)
@@ -91,6 +91,24 @@ def test_before_and_after_without_the_logits_agree() -> None:
 
     for ours, theirs in zip(gradients(after), gradients(before), strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+def test_pairs_in_the_readme_are_near_the_dense_loss() -> None:
+    *_, snippet = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    student, teacher = torch.randn(2, 2, 6, 90, generator=torch.Generator().manual_seed(0))
+    student.requires_grad_()
+    names: dict[str, Any] = {
+        "adaptive_kl": akl_triton.adaptive_kl,
+        "student_logits": student,
+        "teacher_logits": teacher,
+        "labels": torch.arange(12).view(2, 6),
+    }
+    exec(snippet, names)
+    dense = akl_triton.adaptive_kl(student, teacher, names["labels"], shift=1)
+    assert student.grad is not None
+    (expected,) = torch.autograd.grad(dense, student)
+    assert 0.5 * dense < names["loss"] < dense
+    assert (student.grad - expected).norm() < 0.3 * expected.norm()
 
 
 def test_what_is_generated_is_that_of_the_code() -> None:
