@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, cast, overload
 
 import torch
@@ -15,12 +16,13 @@ from ..divergences import AdaptiveKL, Divergence, resolve
 from ..linear_losses import linear_distillation_loss
 from ..losses import LossAndStats, shifted
 from ..options import MODEL_LOSS_OPTIONS, ModelLossOptions, documented, resolved
+from ..sparse import SparseTeacher
 from .heads import Found, HeadInfo, described, in_place_of, is_sharded, without_cache
 
 
 @overload
 def distillation_loss_of_models(
-    student: nn.Module, teacher: nn.Module, inputs: Mapping[str, Any],
+    student: nn.Module, teacher: nn.Module | SparseTeacher, inputs: Mapping[str, Any],
     labels: Tensor | None = None, *, divergence: Divergence | str = ..., shift: int = ...,
     tokenizers: tuple[Any, Any] | None = ..., same_vocabulary: bool = ...,
     return_stats: Literal[False] = False,
@@ -28,7 +30,7 @@ def distillation_loss_of_models(
 ) -> Tensor: ...  # fmt: skip
 @overload
 def distillation_loss_of_models(
-    student: nn.Module, teacher: nn.Module, inputs: Mapping[str, Any],
+    student: nn.Module, teacher: nn.Module | SparseTeacher, inputs: Mapping[str, Any],
     labels: Tensor | None = None, *, divergence: Divergence | str = ..., shift: int = ...,
     tokenizers: tuple[Any, Any] | None = ..., same_vocabulary: bool = ...,
     return_stats: Literal[True],
@@ -36,7 +38,7 @@ def distillation_loss_of_models(
 ) -> LossAndStats: ...  # fmt: skip
 @overload
 def distillation_loss_of_models(
-    student: nn.Module, teacher: nn.Module, inputs: Mapping[str, Any],
+    student: nn.Module, teacher: nn.Module | SparseTeacher, inputs: Mapping[str, Any],
     labels: Tensor | None = None, *, divergence: Divergence | str = ..., shift: int = ...,
     tokenizers: tuple[Any, Any] | None = ..., same_vocabulary: bool = ...,
     return_stats: bool,
@@ -45,7 +47,7 @@ def distillation_loss_of_models(
 @documented(ModelLossOptions)
 def distillation_loss_of_models(
     student: nn.Module,
-    teacher: nn.Module,
+    teacher: nn.Module | SparseTeacher,
     inputs: Mapping[str, Any],
     labels: Tensor | None = None,
     *,
@@ -67,7 +69,7 @@ def distillation_loss_of_models(
     or not, returns it: gradients are reduced by DistributedDataParallel, and parameters gathered by
     ``fully_shard``, as in any other step. The adapters of PEFT are trained, also on the lm_head.
     The teacher is run first, under torch.no_grad(). Both run as they are: call ``teacher.eval()``
-    if it has dropout.
+    if it has dropout. A teacher that is a `SparseTeacher` is not run at all.
 
     The first call for a model describes it, with two runs on eight tokens. After a change of its
     configuration, or for a model that does not run on tokens alone, call `describe_model`.
@@ -75,7 +77,8 @@ def distillation_loss_of_models(
     Args:
         student, teacher: causal language models of transformers; the student also within PEFT,
             DistributedDataParallel or torch.compile, or after ``fully_shard``, the teacher
-            likewise.
+            likewise. Or a `SparseTeacher` ``[B, L, k]`` in the place of the teacher: the pairs of
+            position i are those that a teacher predicts there, for token i + 1, as its logits are.
         inputs: the arguments of both models, such as ``input_ids`` ``[B, L]`` and
             ``attention_mask``. With ``logits_to_keep`` the loss is that of the positions that it
             keeps.
@@ -84,9 +87,10 @@ def distillation_loss_of_models(
             attention mask of inputs does not mask.
         divergence: a member of the family, or its name, such as "reverse_kl".
         shift: compare the logits of position i with label, mask and token weight i + shift.
-        tokenizers: those of student and teacher, which have to have the same token for every id.
+        tokenizers: those of student and teacher, which have to have the same token for every id;
+            None with a `SparseTeacher`, which has none.
         same_vocabulary: False where one side has more ids, which the other is taken to give the
-            probability 0.
+            probability 0; True with a `SparseTeacher`.
         return_stats: also return `DivergenceStats`.
         {options}
 
@@ -133,31 +137,26 @@ def distillation_loss_of_models(
         given.get("ignore_index", MODEL_LOSS_OPTIONS["ignore_index"].default),
     )
     student_found, ours = described(student, "student")
-    teacher_found, theirs = described(teacher, "teacher")
-    vocab_size = given.get("vocab_size")
-    check_vocabularies(ours.vocab_size, theirs.vocab_size, tokenizers, same_vocabulary, vocab_size)
-    teacher_hidden, teacher_weight, teacher_bias = _teacher_side(
-        teacher, teacher_found, theirs, arguments
-    )
+    if isinstance(teacher, SparseTeacher):
+        check_no_other_side(tokenizers, same_vocabulary)
+        of_teacher = {"teacher_hidden": _kept_pairs(teacher, arguments)}
+    else:
+        teacher_found, theirs = described(teacher, "teacher")
+        sizes = ours.vocab_size, theirs.vocab_size
+        check_vocabularies(*sizes, tokenizers, same_vocabulary, given.get("vocab_size"))
+        of_teacher = _teacher_side(teacher, teacher_found, theirs, arguments)
 
     def loss(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
-        def here(x: Tensor | None) -> Tensor | None:
-            return None if x is None else x.to(hidden.device)
-
+        moved = {name: _on(hidden.device, x) for name, x in (of_teacher | of_tokens).items()}
         known: dict[str, Any] = {
             "student_bias": None if bias is None else _rows(bias, ours),
-            "teacher_bias": here(teacher_bias),
             "student_logit_scale": ours.scale,
-            "teacher_logit_scale": theirs.scale,
             "student_softcap": ours.softcap,
-            "teacher_softcap": theirs.softcap,
-            **{name: here(values) for name, values in of_tokens.items()},
+            **moved,
         }
         return linear_distillation_loss(
             hidden,
             _rows(weight, ours),
-            teacher_hidden.to(hidden.device),
-            teacher_weight.to(hidden.device),
             divergence=member,
             return_stats=return_stats,
             **known,
@@ -209,6 +208,22 @@ def check_vocabularies(
             "tokenizers: expected the same token for every id, got others for "
             f"{len(different)}: {some}{', ...' if len(different) > 3 else ''}; the loss compares "
             "logits of the same id: take a teacher that has the student's tokenizer"
+        )
+
+
+def check_no_other_side(tokenizers: object, same_vocabulary: bool) -> None:
+    """Nothing compares the vocabularies where the teacher is pairs: it has none."""
+    checks.check_flag("same_vocabulary", same_vocabulary)
+    if tokenizers is not None or not same_vocabulary:
+        name, value, given = (
+            ("tokenizers", None, checks.type_of(tokenizers))
+            if tokenizers is not None
+            else ("same_vocabulary", True, False)
+        )
+        raise ValueError(
+            f"{name}: expected {value} with a teacher that is pairs, whose vocabulary is not "
+            f"known, got {given}; compare the tokenizers where the pairs are read "
+            "(akl_triton.offline.open_pairs)"
         )
 
 
@@ -272,12 +287,13 @@ def _attended(inputs: Mapping[str, Any]) -> Tensor:
 
 
 def _kept(of_positions: Tensor, logits_to_keep: int | Tensor) -> Tensor:
-    """Those of [B, L] that the argument of transformers keeps: the last few; the same ones of each
-    sequence; [B, K] of each; or [B, L] bool, which gives one dimension."""
+    """Those of [B, L, ...] that the argument of transformers keeps: the last few; the same ones of
+    each sequence; [B, K] of each; or [B, L] bool, which gives one dimension."""
     if not isinstance(logits_to_keep, Tensor):
         return of_positions[:, -logits_to_keep:]  # all where it is 0
     if logits_to_keep.dim() == 2 and logits_to_keep.dtype != torch.bool:
-        return of_positions.take_along_dim(logits_to_keep, dim=1)
+        sequences = torch.arange(len(logits_to_keep), device=logits_to_keep.device)
+        return of_positions[sequences[:, None], logits_to_keep]
     return (
         of_positions[logits_to_keep]
         if logits_to_keep.dim() == 2
@@ -285,10 +301,41 @@ def _kept(of_positions: Tensor, logits_to_keep: int | Tensor) -> Tensor:
     )
 
 
+def _kept_pairs(teacher: SparseTeacher, inputs: Mapping[str, Any]) -> SparseTeacher:
+    """The pairs of the positions whose hidden states reach the lm_head."""
+    ids, keep = inputs.get("input_ids"), inputs.get("logits_to_keep", 0)
+    if ids is not None and teacher.shape != ids.shape:
+        raise ValueError(
+            f"teacher: expected pairs {list(ids.shape)}, of every position of input_ids, got a "
+            f"SparseTeacher of {list(teacher.shape)}"
+        )
+    if isinstance(keep, int) and keep == 0:  # all
+        return teacher
+    return _of_each(teacher, lambda x: _kept(x, keep))
+
+
+def _on(device: torch.device, x: Any) -> Any:
+    """A tensor or pairs on the device, and what is neither as it is."""
+    if isinstance(x, SparseTeacher) and x.device != device:
+        return _of_each(x, lambda x: x.to(device))
+    return x.to(device) if isinstance(x, Tensor) else x
+
+
+def _of_each(teacher: SparseTeacher, function: Callable[[Tensor], Tensor]) -> SparseTeacher:
+    """The pairs whose tensors are the function of those of the teacher."""
+    tail = teacher.log_tail
+    return dataclasses.replace(
+        teacher,
+        ids=function(teacher.ids),
+        log_probs=function(teacher.log_probs),
+        log_tail=None if tail is None else function(tail),
+    )
+
+
 def _teacher_side(
     teacher: nn.Module, found: Found, info: HeadInfo, inputs: Mapping[str, Any]
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Hidden states, weight and bias of the teacher."""
+) -> dict[str, Any]:
+    """The arguments of `linear_distillation_loss` that are of the teacher."""
 
     gathered = is_sharded(found.linear.weight)  # for the forward, and freed at its end
 
@@ -304,10 +351,17 @@ def _teacher_side(
         for name, value in inputs.items()
     }
     with torch.no_grad(), in_place_of(teacher, parts, "teacher"):
-        return cast(
+        hidden, weight, bias = cast(
             "tuple[Tensor, Tensor, Tensor | None]",
             teacher(**{**without_cache(found.base), **arguments}),
         )
+    return {
+        "teacher_hidden": hidden,
+        "teacher_weight": weight,
+        "teacher_bias": bias,
+        "teacher_logit_scale": info.scale,
+        "teacher_softcap": info.softcap,
+    }
 
 
 def _rows(x: Tensor, info: HeadInfo) -> Tensor:

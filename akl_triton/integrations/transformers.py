@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -12,8 +13,10 @@ from torch import Tensor, nn
 from ..divergences import AdaptiveKL, Divergence, resolve
 from ..losses import distillation_loss, shifted
 from ..options import MODEL_LOSS_OPTIONS, resolved
+from ..sparse import SparseTeacher, check_supported
 from .heads import described, innermost, is_sharded
-from .models import check_vocabularies, distillation_loss_of_models
+from .models import check_no_other_side, check_vocabularies, distillation_loss_of_models
+from .pairs import COLUMNS, TEMPERATURE, teacher_of
 
 _IGNORED = -100  # the label of every collator and Trainer
 # Those that a call does not give, and that the Trainer does not decide.
@@ -45,6 +48,13 @@ class DistillationMixin(_AnyTrainer):
     device of each process, unless ``device_map`` or ``fully_shard`` have placed it, and runs in the
     same autocast as the student; it is not saved with the student.
 
+    Without a teacher_model the batches have the teacher's pairs, which were computed before:
+    ``teacher_ids`` and ``teacher_log_probs`` ``[B, L, k]``, and ``teacher_log_tail`` ``[B, L]``,
+    where the pairs of position i are of the distribution of token i + 1. `PairCollator` makes such
+    batches of the datasets that `akl_triton.offline.open_pairs` opens. With
+    ``teacher_temperature`` ``[B]`` in them, which those datasets have, the first batch of a
+    training or an evaluation is compared with temperature.
+
     Every log of the training has the means of `DivergenceStats` over the tokens of all processes
     since the last one; none of them waits for the device before that. `evaluate` has the same,
     and the loss, over the tokens of the dataset: ``eval_loss`` depends neither on the batch size
@@ -53,7 +63,7 @@ class DistillationMixin(_AnyTrainer):
 
     Args:
         teacher_model: a causal language model of transformers, as for
-            `distillation_loss_of_models`.
+            `distillation_loss_of_models`, or None where the batches have its pairs.
         divergence: a member of the family, or its name, such as "reverse_kl".
         tokenizers: those of student and teacher, which have to have the same token for every id.
         same_vocabulary: False where one side has more ids, which the other is taken to give the
@@ -67,7 +77,9 @@ class DistillationMixin(_AnyTrainer):
             be computed in the place of the lm_head (see `describe_model`); the Trainer is to
             change the loss (``compute_loss_func``, ``label_smoothing_factor``), or to spread a
             batch or a model over devices other than by data parallelism with a process for each.
-            With FSDP and DeepSpeed, models are looked at in the first step. A batch has no labels.
+            With FSDP and DeepSpeed, models are looked at in the first step. A batch has no labels;
+            it has pairs besides a teacher_model, or neither there is; the pairs are of another
+            temperature.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
@@ -90,7 +102,7 @@ class DistillationMixin(_AnyTrainer):
     def __init__(
         self,
         *args: Any,
-        teacher_model: nn.Module,
+        teacher_model: nn.Module | None = None,
         divergence: Divergence | str = AdaptiveKL(),  # noqa: B008 - it is frozen
         tokenizers: tuple[Any, Any] | None = None,
         same_vocabulary: bool = True,
@@ -112,27 +124,36 @@ class DistillationMixin(_AnyTrainer):
         self.model_accepts_loss_kwargs = True
         _check_trainer(self)
         model: Any = self.model
-        if innermost(teacher_model, "teacher_model") is innermost(model, "model"):
-            raise ValueError(
-                "teacher_model: expected a model apart from the student, got the same one; pass "
-                "copy.deepcopy(model)"
-            )
-        self.teacher_model = _placed(teacher_model.eval(), self.args.device)
-        # Elsewhere a parameter may be on no device yet, or not be whole.
-        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            _, ours = described(model, "model")
-            _, theirs = described(teacher_model, "teacher_model")
-            check_vocabularies(
-                ours.vocab_size,
-                theirs.vocab_size,
-                tokenizers,
-                same_vocabulary,
-                options.get("vocab_size"),
-            )
+        whole = not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
+        # Otherwise a parameter may be on no device yet, or not be whole.
+        ours = described(model, "model")[1] if whole else None
+        if teacher_model is None:
+            check_no_other_side(tokenizers, same_vocabulary)
+            check_supported(self.divergence, "bucket")
+        else:
+            if innermost(teacher_model, "teacher_model") is innermost(model, "model"):
+                raise ValueError(
+                    "teacher_model: expected a model apart from the student, got the same one; "
+                    "pass copy.deepcopy(model)"
+                )
+            teacher_model = _placed(teacher_model.eval(), self.args.device)
+            if ours is not None:
+                _, theirs = described(teacher_model, "teacher_model")
+                check_vocabularies(
+                    ours.vocab_size,
+                    theirs.vocab_size,
+                    tokenizers,
+                    same_vocabulary,
+                    options.get("vocab_size"),
+                )
+        self.teacher_model = teacher_model
+        self._temperature: float = options.get("temperature", 1.0)
+        self._temperature_is_checked = False
         self._trained = self._no_sums()
         self._evaluated = self._no_sums("loss")
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
+        self._temperature_is_checked = False
         self._trained = self._no_sums()
         return super().train(*args, **kwargs)
 
@@ -165,7 +186,7 @@ class DistillationMixin(_AnyTrainer):
         if not return_outputs:
             return loss
         with torch.no_grad():
-            return loss, model(**_without_labels(inputs))
+            return loss, model(**_of_model(inputs))
 
     def prediction_step(
         self,
@@ -183,7 +204,7 @@ class DistillationMixin(_AnyTrainer):
         loss = losses.sum() / sequences[:, -1].sum().clamp(min=1.0)
         if prediction_loss_only:
             return loss, None, None
-        _, logits, _ = super().prediction_step(model, _without_labels(inputs), False, ignore_keys)
+        _, logits, _ = super().prediction_step(model, _of_model(inputs), False, ignore_keys)
         return loss, logits, inputs["labels"]
 
     def evaluation_loop(
@@ -194,6 +215,7 @@ class DistillationMixin(_AnyTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> Any:
+        self._temperature_is_checked = False
         self._evaluated = self._no_sums("loss")
         output: Any = super().evaluation_loop(
             dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
@@ -214,11 +236,12 @@ class DistillationMixin(_AnyTrainer):
     ) -> tuple[Tensor, list[Tensor]]:
         """The loss; the statistics [B, L] that are logged and, last of them, which tokens count."""
         valid = _valid(inputs)
+        teacher = self._teacher_of(inputs)
         with self.accelerator.autocast():  # the student has its own, the teacher none
             loss, stats = distillation_loss_of_models(
                 model,
-                self.teacher_model,
-                inputs,
+                teacher,
+                {**_of_model(inputs), "labels": inputs["labels"]},
                 return_stats=True,
                 **self._loss_arguments,
                 **options,
@@ -226,6 +249,39 @@ class DistillationMixin(_AnyTrainer):
         columns = [*(getattr(stats, name) for name in self._statistics), valid.float()]
         device = self.args.device  # a device_map may have put the lm_head on another
         return loss.to(device), [x.to(device) for x in columns]
+
+    def _teacher_of(self, inputs: Mapping[str, Any]) -> nn.Module | SparseTeacher:
+        """The teacher_model, or the pairs of the batch."""
+        columns = [name for name in (*COLUMNS, TEMPERATURE) if name in inputs]
+        if self.teacher_model is not None:
+            if columns:
+                raise ValueError(
+                    "teacher_model: expected None where the batch has the teacher's pairs, got "
+                    f"{type(self.teacher_model).__name__} and a batch with {', '.join(columns)}; "
+                    "pass one of the two"
+                )
+            return self.teacher_model
+        if "teacher_ids" not in inputs:
+            raise ValueError(
+                "teacher_model: expected a model, or batches that have its pairs (teacher_ids, "
+                f"teacher_log_probs), got None and a batch of {', '.join(inputs)}"
+            )
+        if TEMPERATURE in inputs and not self._temperature_is_checked:
+            # Once, as it waits for the device.
+            self._temperature_is_checked = True
+            for found in inputs[TEMPERATURE].unique().tolist():
+                if not math.isclose(found, self._temperature, rel_tol=1e-6):
+                    raise ValueError(
+                        f"temperature: expected {found:g}, that of the pairs in the batch, got "
+                        f"{self._temperature:g}; pass temperature={found:g}, or pairs of another"
+                    )
+        return teacher_of(inputs, self._temperature)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        """The columns of a dataset that ``remove_unused_columns`` leaves."""
+        super()._set_signature_columns_if_needed()
+        known: Any = self._signature_columns
+        known += [name for name in (*COLUMNS, TEMPERATURE) if name not in known]
 
     def _no_sums(self, *others: str) -> Tensor:
         """A sum for each statistic, and the number of tokens."""
@@ -319,8 +375,10 @@ def _valid(inputs: Mapping[str, Any]) -> Tensor:
     return shifted(labels, 1, _IGNORED) != _IGNORED
 
 
-def _without_labels(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in inputs.items() if name != "labels"}
+def _of_model(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a batch the student is called with: neither labels nor the teacher's pairs."""
+    others = ("labels", *COLUMNS, TEMPERATURE)
+    return {name: value for name, value in inputs.items() if name not in others}
 
 
 def _means(names: list[str], sums: Tensor) -> dict[str, float]:

@@ -11,7 +11,7 @@ import torch._dynamo
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from akl_triton import ForwardKL, distillation_loss
+from akl_triton import ForwardKL, SparseTeacher, distillation_loss, teacher_pairs
 from akl_triton.integrations import check_vocabularies, distillation_loss_of_models, models
 
 pytest.importorskip("transformers")
@@ -151,6 +151,67 @@ def test_logits_to_keep(keep, positions):
     ours = distillation_loss_of_models(student, teacher, inputs, LABELS, **options)
     whole = loss_of_logits(student, teacher, {"input_ids": IDS}, LABELS, shift=1, **options)
     assert_same_training(student, ours, whole[positions])
+
+
+def pairs_of(teacher: Any, k: int, temperature: float = 1.0, ids: Tensor = IDS) -> SparseTeacher:
+    with torch.no_grad():
+        return teacher_pairs(teacher(input_ids=ids).logits, k, temperature)
+
+
+@pytest.mark.parametrize("model_type", ["gemma2", "granite", "phi"])
+def test_pairs_in_the_place_of_the_teacher(model_type):
+    """With as many pairs as there are tokens they are the teacher; with fewer, the loss is that of
+    the student's whole logits and of the pairs."""
+    student, teacher = student_and_teacher(model_type)
+    size = teacher(input_ids=IDS).logits.shape[-1]
+    options: dict[str, Any] = {"temperature": 2.0, "kd_ratio": 0.7}
+    inputs = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}
+    pairs = pairs_of(teacher, size, 2.0)
+    ours = distillation_loss_of_models(student, pairs, inputs, LABELS, **options)
+    expected = loss_of_logits(student, teacher, inputs, LABELS, shift=1, **options)
+    assert_same_training(student, ours, expected)
+    pairs = pairs_of(teacher, 5, 2.0)
+    ours = distillation_loss_of_models(student, pairs, inputs, LABELS, **options)
+    logits = student(input_ids=IDS).logits
+    expected = distillation_loss(logits, pairs, LABELS, shift=1, **options)
+    assert_same_training(student, ours, expected)
+
+
+@pytest.mark.parametrize(
+    ("keep", "positions"),
+    [
+        (3, (slice(None), slice(-3, None))),
+        (torch.tensor([1, 4, 7]), (slice(None), [1, 4, 7])),
+        (torch.tensor([[1, 4], [0, 6]]), ([[0], [1]], [[1, 4], [0, 6]])),
+        (KEPT, (KEPT,)),
+    ],
+    ids=["last", "the same", "of each", "mask"],
+)
+def test_pairs_of_the_positions_that_are_kept(keep, positions):
+    student, teacher = student_and_teacher("llama")
+    pairs = pairs_of(teacher, 5)
+    inputs = {"input_ids": IDS, "logits_to_keep": keep}
+    ours = distillation_loss_of_models(student, pairs, inputs, LABELS, reduction="none")
+    logits = student(input_ids=IDS).logits
+    whole = distillation_loss(logits, pairs, LABELS, shift=1, reduction="none")
+    assert_same_training(student, ours, whole[positions])
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"tokenizers": (1, 2)}, r"^tokenizers: expected None with a teacher that is pairs"),
+        ({"same_vocabulary": False}, r"^same_vocabulary: expected True with a teacher that is"),
+        ({"temperature": 2.0}, r"^temperature: expected 1, that of the pairs"),
+        ({"inputs": {"input_ids": IDS[:, :4]}}, r"^teacher: expected pairs \[2, 4\], of every"),
+    ],
+    ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
+)
+def test_pairs_that_do_not_fit(given, message):
+    student, teacher = student_and_teacher("llama")
+    given = {"inputs": {"input_ids": IDS}, **given}
+    with pytest.raises(ValueError, match=message):
+        distillation_loss_of_models(student, pairs_of(teacher, 5), **given)
 
 
 def test_statistics():
