@@ -33,7 +33,8 @@ class PairCollator:
     optionally ``teacher_log_tail`` ``[L]``, ``labels`` and ``attention_mask`` ``[L]`` and
     ``teacher_temperature`` ``[]``, as tensors, arrays or lists. Labels are by default the
     input_ids, all of which then count; positions that pad a sequence have the label -100, no
-    attention, and pairs whose ids are -1. Other columns are left out.
+    attention, and pairs whose ids are -1. Other columns are left out. Log-probabilities that fp16
+    holds exactly, as it does those that were stored in it, are fp16 in the batch.
 
     Args:
         pad_token_id: the token that pads input_ids, which nothing reads.
@@ -136,5 +137,11 @@ def _tensor(row: Mapping[str, Any], name: str) -> Tensor:
         raise TypeError(
             f"{name}: expected a tensor, an array or lists of numbers, got {checks.type_of(value)}"
         ) from error
-    whole = name in ("input_ids", "labels", "attention_mask")
-    return tensor.long() if whole else tensor
+    if name in ("input_ids", "labels", "attention_mask"):
+        return tensor.long()
+    if name == "teacher_log_probs" and tensor.dtype == torch.float32:
+        # A dataset in torch's format has made fp32 of them. SparseTeacher allows their sum the
+        # rounding of their dtype, which therefore has to be the one that they were rounded to.
+        half = tensor.half()
+        return half if torch.equal(half.float(), tensor) else tensor
+    return tensor
