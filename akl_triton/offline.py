@@ -373,6 +373,7 @@ def open_pairs(
     tokenizer: Any = None,
     teacher: nn.Module | None = None,
     streaming: bool = False,
+    cache_dir: str | os.PathLike[str] | None = None,
 ) -> datasets.Dataset | datasets.IterableDataset:
     """The pairs of a folder as a dataset of tensors.
 
@@ -380,8 +381,9 @@ def open_pairs(
         folder: that a `PairWriter` wrote, which may still write.
         tokenizer: the student's, which has to be that of the pairs.
         teacher: a model, which has to be the one that wrote them.
-        streaming: read the files while the dataset is iterated, in place of an Arrow copy in the
-            cache of datasets, which has random access.
+        streaming: read the files while the dataset is iterated, in place of an Arrow copy of them,
+            which has random access.
+        cache_dir: the folder of that copy, by default the cache of datasets.
 
     Shape:
         of a row, with L tokens: input_ids ``[L]``, teacher_ids and teacher_log_probs ``[L, k]``,
@@ -431,6 +433,7 @@ def open_pairs(
         split="train",
         features=features,
         streaming=streaming,
+        cache_dir=None if cache_dir is None else str(cache_dir),
     )
     return dataset.with_format("torch")
 

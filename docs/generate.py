@@ -43,6 +43,9 @@ PURPOSES = {
     "fall with the rank as those of text do. [Measuring](measuring.md) says what a time is worth.",
     "inspect": "Run it on your own two models: [A student and its teacher](inspect.md) says what "
     "comes out.",
+    "teach": "A student then trains from the folder without the teacher: "
+    "[Teachers on disk](offline.md). A command that was interrupted goes on where it was when it "
+    "is given again. It prints the bytes of a token.",
     "demo": "The teacher is SmolLM2-135M, the student 12 of its 30 layers. It is trained with "
     "three losses, from the same start on the same batches. [Start](start.md) shows the curves.",
 }

@@ -18,8 +18,10 @@ from akl_triton.reference import reference_adaptive_kl
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
+pytest.importorskip("datasets")
 
 from akl_triton.cli import demo, main, smollm2  # noqa: E402
+from tests.support import tiny_smollm2  # noqa: E402
 
 VOCABULARY = 128
 
@@ -72,6 +74,29 @@ def test_demo_writes_curves_and_picture(
     assert figures[6] != figures[7] != figures[8], "and diverge, as their losses differ"
     assert all(0.0 < share < 1.0 for *_, share in figures)
     assert (tmp_path / "akl_demo.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+
+
+def test_a_student_of_pairs_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the same start on the same batches as the one with the teacher, whose pairs say less."""
+    monkeypatch.setattr(demo, "load_teacher", tiny_smollm2.load_teacher)
+    arguments = ["--steps", "2", "--device", "cpu", "--offline", "--output", str(tmp_path)]
+
+    def curves(pairs: int) -> list[list[float]]:
+        monkeypatch.setattr(demo, "PAIRS", pairs)
+        assert main(["demo", *arguments]) == 0
+        with (tmp_path / "akl_demo.csv").open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        return [
+            [float(row["forward_kl"]) for row in rows if row["trained_with"] == name]
+            for name in ("AKL", "AKL from disk")
+        ]
+
+    vocabulary = len(tiny_smollm2.load_teacher()[1])
+    dense, of_all = curves(vocabulary)
+    assert len(dense) == 3 and abs(dense[-1] - dense[0]) > 1e-2
+    assert of_all == pytest.approx(dense, rel=1e-3)
+    dense, of_few = curves(4)
+    assert of_few[0] == dense[0] and of_few[-1] != pytest.approx(dense[-1], rel=1e-3)
 
 
 def train(

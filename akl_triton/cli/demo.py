@@ -35,10 +35,14 @@ from akl_triton import (
 from akl_triton.cli.bench import MIB, peak_memory
 from akl_triton.cli.options import output_folder, resolve_device
 from akl_triton.cli.smollm2 import SEQUENCE, as_dataset, load_teacher, read_text, shallow_copy
+from akl_triton.integrations import PairCollator
 from akl_triton.integrations.transformers import DistillationTrainer
+from akl_triton.offline import PairWriter, open_pairs, write_pairs
 
 DIVERGENCES = {"AKL": AdaptiveKL(), "FKL": ForwardKL(), "RKL": ReverseKL()}
-COLOURS = {"AKL": "#0072B2", "FKL": "#D55E00", "RKL": "#009E73"}
+FROM_DISK = "AKL from disk"  # a student that has only the stored pairs of the teacher
+COLOURS = {"AKL": "#0072B2", "FKL": "#D55E00", "RKL": "#009E73", FROM_DISK: "#56B4E9"}
+PAIRS = 64  # of a token
 
 BATCH = 2  # sequences
 LEARNING_RATE = 5e-4
@@ -52,7 +56,7 @@ class Point(NamedTuple):
     """The distance of one student from the teacher on the held-out text."""
 
     step: int
-    trained_with: str  # AKL | FKL | RKL
+    trained_with: str  # AKL | FKL | RKL | AKL from disk
     forward_kl: float
     reverse_kl: float
     head_share: float  # g_head / (g_head + g_tail), summed over the tokens first
@@ -71,6 +75,10 @@ def run(arguments: argparse.Namespace) -> int:
         student = shallow_copy(teacher).to(device)
         teacher.to(device, dtype)
         train, held_out = read_text(tokenizer)
+    names = list(DIVERGENCES)
+    if arguments.offline:  # no more of the text than the students see, which the teacher then reads
+        names.append(FROM_DISK)
+        train = train[:: max(1, len(train) // (arguments.steps * BATCH))][: arguments.steps * BATCH]
     console.print(
         f"{teacher.config.num_hidden_layers} layers teach {student.config.num_hidden_layers}: "
         f"{arguments.steps} steps of {BATCH * SEQUENCE} tokens, {held_out.numel()} held out, "
@@ -91,9 +99,13 @@ def run(arguments: argparse.Namespace) -> int:
         tempfile.TemporaryDirectory() as scratch,
     ):
         training = training_arguments(scratch, device, dtype, arguments.steps, arguments.seed)
-        curves = {name: Curve(name, exam, dtype, arguments.steps, progress) for name in DIVERGENCES}
-        for name, curve in curves.items():
-            distil(teacher, copy.deepcopy(student), DIVERGENCES[name], train, training, curve)
+        curves = {name: Curve(name, exam, dtype, arguments.steps, progress) for name in names}
+        for name, divergence in DIVERGENCES.items():
+            distil(teacher, copy.deepcopy(student), divergence, train, training, curves[name])
+        if arguments.offline:
+            pairs = teach(teacher, tokenizer, train, Path(scratch, "pairs"), progress)
+            curve = curves[FROM_DISK]
+            distil(None, copy.deepcopy(student), DIVERGENCES["AKL"], pairs, training, curve)
     points = [point for curve in curves.values() for point in curve.points]
     points.sort(key=lambda point: point.step)
 
@@ -168,19 +180,36 @@ def training_arguments(
     return arguments
 
 
+def teach(teacher: Any, tokenizer: Any, sequences: Tensor, folder: Path, progress: Progress) -> Any:
+    """The teacher's pairs of the sequences, written to the folder and opened again."""
+    bar = progress.add_task("teacher", total=len(sequences), forward_kl="")
+    with PairWriter(folder, k=PAIRS, tokenizer=tokenizer, teacher=teacher) as writer:
+        write_pairs(
+            writer,
+            teacher,
+            [(str(i), ids.tolist()) for i, ids in enumerate(sequences)],
+            context=SEQUENCE,
+            batch=BATCH,
+            progress=lambda tokens: progress.advance(bar, tokens // SEQUENCE),
+        )
+    return open_pairs(folder, tokenizer=tokenizer, cache_dir=folder / "cache")
+
+
 def distil(
     teacher: Any,
     student: Any,
     divergence: Divergence,
-    sequences: Tensor,
+    sequences: Any,
     training: TrainingArguments,
     curve: TrainerCallback,
 ) -> None:
-    """Train a student; the batches and their order are those of the seed in `training`."""
+    """Train a student of a teacher, or of the pairs in the place of the sequences; the batches and
+    their order are those of the seed in `training`."""
     trainer = DistillationTrainer(
         student,
         training,
-        train_dataset=as_dataset(sequences),
+        train_dataset=sequences if teacher is None else as_dataset(sequences),
+        data_collator=PairCollator() if teacher is None else None,
         callbacks=[curve],
         teacher_model=teacher,
         divergence=divergence,
@@ -288,13 +317,14 @@ def plot(points: list[Point], path: Path) -> None:
         "head_share": "share of the gap in the head",
     }
     for axes, (field, title) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
-        for name in DIVERGENCES:
+        for name in dict.fromkeys(point.trained_with for point in points):
             curve = [p for p in points if p.trained_with == name]
             axes.plot(
                 [p.step for p in curve],
                 [getattr(p, field) for p in curve],
                 color=COLOURS[name],
                 label=f"trained with {name}",
+                linestyle="--" if name == FROM_DISK else "-",
                 marker="o",
                 markersize=3,
             )
@@ -312,7 +342,7 @@ def summary(points: list[Point]) -> Table:
     table.add_column("trained with")
     for column in ("forward KL", "reverse KL", "head share"):
         table.add_column(column, justify="right")
-    for name in DIVERGENCES:
+    for name in dict.fromkeys(point.trained_with for point in points):
         first, *_, last = (p for p in points if p.trained_with == name)
         table.add_row(
             name,

@@ -79,18 +79,10 @@ def load_pair(
     student: str, teacher: str, dtype: torch.dtype | None, device: torch.device
 ) -> tuple[Side, Side]:
     """Both models in eval mode on the device; UsageError with one line where one is none."""
-    smollm2 = None
-    if student in WORDS or teacher in WORDS:
-        try:
-            smollm2 = load_teacher()
-        except ImportError as error:
-            raise UsageError(_first_line(error)) from error
+    smollm2 = _smollm2() if student in WORDS or teacher in WORDS else None
     sides = []
     for role, source in (("student", student), ("teacher", teacher)):
-        if source in WORDS and smollm2 is not None:
-            model, tokenizer = WORDS[source](smollm2[0]), smollm2[1]
-        else:
-            model, tokenizer = _load(role, source)
+        model, tokenizer = load_model(role, source, smollm2)
         model = model.eval().to(device=device, dtype=dtype)
         head, refused = None, None
         try:
@@ -99,6 +91,21 @@ def load_pair(
             refused = str(error)
         sides.append(Side(role, source, model, tokenizer, head, refused))
     return sides[0], sides[1]
+
+
+def load_model(role: str, source: str, smollm2: tuple[Any, Any] | None = None) -> tuple[Any, Any]:
+    """A model and its tokenizer; smollm2 is what `load_teacher` has returned, if it was called."""
+    if source not in WORDS:
+        return _load(role, source)
+    model, tokenizer = _smollm2() if smollm2 is None else smollm2
+    return WORDS[source](model), tokenizer
+
+
+def _smollm2() -> tuple[Any, Any]:
+    try:
+        return load_teacher()
+    except ImportError as error:
+        raise UsageError(_first_line(error)) from error
 
 
 def _load(role: str, source: str) -> tuple[Any, Any]:

@@ -25,6 +25,7 @@ QUESTIONS = {
     "linear": "What do the losses of hidden states hold and take, compared with others?",
     "trainer_step": "What does a step of a Trainer hold and take, with TRL's losses and with ours?",
     "sparse": "How far are the gradients of k pairs from the dense ones, and what do they cost?",
+    "offline": "How many bytes does a teacher's token take on disk, and how fast is it read?",
     "floor": "Which time can no GPU beat, by the stored figures of the others?",
     "on_real_logits": "Is the PyTorch backend faster than the authors' code here, and as right?",
     "demo": "What does `akl-triton demo` make of a student of each loss?",

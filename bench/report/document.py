@@ -23,6 +23,7 @@ SECTIONS = {
     "linear": "Fused linear: peak memory and time",
     "trainer_step": "A step of a Trainer: TRL's losses and ours",
     "sparse": "Teachers of k pairs: errors of gradients, and costs",
+    "offline": "Teachers on disk: bytes a token",
     "floor": "Floors",
     "on_real_logits": "The PyTorch backend and the authors' code on real logits",
     "demo": "A demo: one student for each loss",

@@ -24,6 +24,7 @@ FIGURES = {
     "linear": "peak_bytes",
     "trainer_step": "loss_peak_bytes",
     "sparse": "compulsory",
+    "offline": "bytes",
     "floor": "nanoseconds",
     "on_real_logits": "milliseconds",
     "demo": "head_share",
