@@ -18,7 +18,7 @@ REQUIRES = {
     "check": ("cli", ("rich",)),
     "bench": ("cli", ("rich", "matplotlib")),
     "inspect": ("demo", ("rich", "matplotlib", "transformers")),
-    "teach": ("demo", ("rich", "transformers", "pyarrow")),
+    "teach": ("all", ("rich", "transformers", "pyarrow")),
     "demo": (
         "demo",
         (
