@@ -22,9 +22,10 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-# Of the package, what `import akl_triton` and the losses need: its modules but for these two, which
-# belong to `akl-triton check` and the tests, and none of its subpackages but the kernels.
-LEFT_OUT = {"reference.py", "verify.py"}
+# Of the package, what `import akl_triton` and the losses need: its modules but for these, which
+# belong to `akl-triton check`, the tests and stored teachers, and none of its subpackages but the
+# kernels.
+LEFT_OUT = {"offline.py", "reference.py", "verify.py"}
 CARD = """---
 license: apache-2.0
 tags:
@@ -34,8 +35,8 @@ tags:
 # akl-triton
 
 The losses of akl-triton {version} for the `kernels` library: `get_kernel(REPOSITORY,
-version={major})` returns what `import akl_triton` does, without the command line, the integrations
-and the extras.
+version={major})` returns what `import akl_triton` does, without the command line, the integrations,
+stored teachers and the extras.
 """
 
 
