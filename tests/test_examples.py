@@ -33,6 +33,7 @@ OF_BYTES = {"sinkd": -0.5, "dpkd": -0.1, "policy": 0.05}
 # What each needs besides transformers and accelerate.
 OF_SMOLLM2 = {
     "chat_template": None,
+    "draft_vocabulary": None,
     "gradient_accumulation": None,
     "lightning_module": "lightning",
     "lora": "peft",
@@ -43,8 +44,9 @@ OF_SMOLLM2 = {
     "trl_gkd": "trl",
     "trl_on_policy": "trl",
 }
-# Those that print other figures than one before and one after training.
-OTHERS = {"distributed", "kl_penalty"}
+# Those that print other figures than one before and one after training; the last two are run by
+# tests/test_recipes.py.
+OTHERS = {"distributed", "kl_penalty", "context_parallel", "vocabulary_shards"}
 
 Run = Callable[..., str]
 
