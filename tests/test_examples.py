@@ -158,7 +158,7 @@ def test_the_penalty_keeps_the_policy_near(run: Run, tiny: None) -> None:
     assert 0.0 < with_penalty[1] < without[1]
 
 
-def train_distributed(rank: int, port: int, folder: str) -> None:
+def train_distributed(rank: int, ports: dict[str, int], folder: str) -> None:
     """Both strategies in turn, in a process as torchrun starts it."""
     torch.set_num_threads(1)
     smollm2.load_teacher = tiny_smollm2.load_teacher
@@ -167,20 +167,22 @@ def train_distributed(rank: int, port: int, folder: str) -> None:
         LOCAL_RANK=str(rank),
         WORLD_SIZE="2",
         MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
         CUDA_VISIBLE_DEVICES="",
     )
-    for strategy in ("ddp", "fsdp2"):
+    # One for each: a store that is closed and opened anew on the same port may hang.
+    for strategy, port in ports.items():
+        os.environ["MASTER_PORT"] = str(port)
         with Path(folder, f"{strategy}, {rank}").open("w") as sys.stdout:
             run_example("distributed", "--steps", "2", "--strategy", strategy)
 
 
 def test_distributed(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    with socket.socket() as one, socket.socket() as other:
+        one.bind(("127.0.0.1", 0))
+        other.bind(("127.0.0.1", 0))
+        ports = {"ddp": one.getsockname()[1], "fsdp2": other.getsockname()[1]}
     torch.multiprocessing.spawn(  # type: ignore[attr-defined]
-        train_distributed, args=(port, str(tmp_path)), nprocs=2
+        train_distributed, args=(ports, str(tmp_path)), nprocs=2
     )
     ddp, fsdp2 = (before_and_after((tmp_path / f"{x}, 0").read_text()) for x in ("ddp", "fsdp2"))
     assert 0.0 < ddp[1] < ddp[0]
