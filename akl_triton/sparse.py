@@ -127,6 +127,13 @@ class SparseTeacher:
     def device(self) -> torch.device:
         return self.ids.device
 
+    def to(self, device: torch.device | str) -> SparseTeacher:
+        """The same pairs on a device."""
+        tail = None if self.log_tail is None else self.log_tail.to(device)
+        return dataclasses.replace(
+            self, ids=self.ids.to(device), log_probs=self.log_probs.to(device), log_tail=tail
+        )
+
     def entries(self) -> Tensor:
         """``[..., k + 1]`` fp32, ln p of the pairs in ascending order of their ids, and ln tau."""
         log_probs = self.log_probs.float()

@@ -25,13 +25,13 @@ from .reference import (
     DivergenceResult,
     Head,
     ReferenceResult,
-    head_size,
     mapped_logits,
     reference_adaptive_kl,
     reference_cross_entropy,
     reference_divergence,
     reference_sparse,
 )
+from .reference import head_size as size_of_head
 from .sparse import SparseTeacher
 
 MU_SLACK = 2e-6
@@ -80,7 +80,7 @@ def at_head(
     t = teacher.double()
     p = torch.softmax(mapped_logits(t, teacher_softcap, teacher_logit_scale) / temperature, dim=-1)
     order = t.argsort(dim=-1, descending=True, stable=True)
-    least, most = (head_size(p, order, mu * (1.0 + f * MU_SLACK), head) for f in (-1, 1))
+    least, most = (size_of_head(p, order, mu * (1.0 + f * MU_SLACK), head) for f in (-1, 1))
     taken = size.double().nan_to_num(1.0)
     nearest = taken.round().long().clamp(least, most)
     exact = reference_adaptive_kl(student, teacher, size=nearest, **rule)
@@ -131,6 +131,58 @@ def head_faults(
         faults.append(
             f"forward_weight is off by {worst:.1f} times a rounding of {mass_error:g}/gap"
         )
+    return faults
+
+
+def head_faults_of_pairs(
+    divergence: AdaptiveKL,
+    student: Tensor,
+    teacher: SparseTeacher,
+    *,
+    head_size: Tensor,
+    head_mass: Tensor,
+    forward_weight: Tensor,
+    gap: Tensor,
+    **maps: Any,
+) -> list[str]:
+    """`head_faults` of a teacher that is pairs, [N, k], whose rows all have a softmax.
+
+    Args:
+        head_size, head_mass, forward_weight, gap: [N], as claimed.
+        maps: softcap and scale of the student.
+    """
+    size, mass, w = (x.detach().double().cpu() for x in (head_size, head_mass, forward_weight))
+    named = teacher.ids != ABSENT
+    p = teacher.entries().double().softmax(-1)[:, :-1]
+    order = teacher.log_probs.double().argsort(dim=-1, descending=True, stable=True)
+    least, most = (
+        size_of_head(p, order, divergence.mu * (1.0 + f * MU_SLACK), divergence.head).minimum(
+            named.sum(-1)
+        )
+        for f in (-1, 1)
+    )
+    faults = [
+        f"row {i}: head_size {size[i]:g} is not in [{least[i]}, {most[i]}]"
+        for i in (~((least <= size) & (size <= most))).nonzero().flatten().tolist()[:4]
+    ]
+    exact = reference_sparse(
+        student,
+        teacher.ids.where(named, -1),
+        teacher.log_probs,
+        teacher.log_tail,
+        temperature=teacher.temperature,
+        size=size.nan_to_num(1.0).long().clamp(least, most),
+        ties=divergence.ties,
+        **maps,
+    )
+    slack = MASS_ERROR * (1.0 + 1.0 / gap.double().cpu().clamp(min=1e-300))
+    off = (mass - exact.head_mass).abs() > MASS_ERROR
+    off |= (w - exact.forward_weight).abs() > slack
+    faults += [
+        f"row {i}: head_mass {mass[i]:.7f} or forward_weight {w[i]:.7f} is not "
+        f"{exact.head_mass[i]:.7f}, {exact.forward_weight[i]:.7f}"
+        for i in off.nonzero().flatten().tolist()[:4]
+    ]
     return faults
 
 

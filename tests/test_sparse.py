@@ -37,9 +37,9 @@ from akl_triton import (
     teacher_pairs,
 )
 from akl_triton.reference import reference_sparse
-from akl_triton.verify import exact, exact_of_pairs, faults
+from akl_triton.verify import exact, exact_of_pairs, faults, head_faults_of_pairs
 from tests.support.cases import labels_of, rows_of_every_kind
-from tests.support.pairs import SPARSE_DIVERGENCES, head_faults, pairs_of_every_kind
+from tests.support.pairs import SPARSE_DIVERGENCES, pairs_of_every_kind
 
 # Of which the divergence of two coarser distributions is never larger.
 F_DIVERGENCES = (
@@ -135,8 +135,9 @@ def test_every_member(divergence: Divergence, options: dict[str, Any]) -> None:
         gradients.append(leaf.grad)
     of_head = {}
     if isinstance(divergence, AdaptiveKL):
-        assert head_faults(divergence, student, teacher, stats, **maps) == []
         of_head = {name: getattr(stats, name) for name in ("head_size", "forward_weight", "gap")}
+        claims = {**of_head, "head_mass": stats.head_mass}
+        assert head_faults_of_pairs(divergence, student, teacher, **claims, **maps) == []
     of = exact_of_pairs(
         divergence,
         student,

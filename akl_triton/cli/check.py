@@ -8,10 +8,10 @@ rule of akl_triton.verify; the errors that are printed are for information.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -22,12 +22,20 @@ from rich.table import Table
 from torch import Tensor
 
 import akl_triton
-from akl_triton import AdaptiveKL, Divergence, DivergenceStats
+from akl_triton import AdaptiveKL, Divergence, DivergenceStats, JensenShannon, SparseTeacher
 from akl_triton.backend import resolve_backend
 from akl_triton.cli import UsageError
 from akl_triton.cli.options import resolve_device
 from akl_triton.divergences import FAMILY
-from akl_triton.verify import exact, faults, head_faults
+from akl_triton.sparse import teacher_pairs
+from akl_triton.verify import (
+    Exact,
+    exact,
+    exact_of_pairs,
+    faults,
+    head_faults,
+    head_faults_of_pairs,
+)
 
 PRODUCT_LIMIT = 2e-4  # of sum_j |x_j y_j|: a library's fp32 product over a whole vocabulary
 IGNORED = -100
@@ -42,22 +50,23 @@ INTERPRETED_ROWS, INTERPRETED_VOCABULARY = 3, 4099
 Edit = Callable[[Tensor, Tensor, Tensor], None]
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Case:
     name: str
     vocabulary: int = 32000
     longer_by: int = 0  # tokens that only the teacher has
     student_dtype: torch.dtype = BF16
     teacher_dtype: torch.dtype = BF16
-    divergence: Divergence = field(default_factory=AdaptiveKL)
+    divergence: Divergence = dataclasses.field(default_factory=AdaptiveKL)
     linear: bool = False  # whether the loss is that of hidden states
-    options: dict[str, Any] = field(default_factory=dict)
+    pairs: int = 0  # of which the teacher is made, if not of all its logits
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
     edit: Edit | None = None  # changes (student, teacher, labels) in place
 
 
 class Inputs(NamedTuple):
     student: Tensor  # [N, V_s]
-    teacher: Tensor  # [N, V_t]
+    teacher: Tensor | SparseTeacher  # [N, V_t], or pairs
     labels: Tensor  # [N]
     upstream: Tensor  # [N]
 
@@ -129,6 +138,14 @@ CASES = (
     Case("one row holds NaN", edit=_break_one),
     Case("hidden states", 128256, linear=True, edit=_ignore_one),
     Case("hidden states", student_dtype=FP32, teacher_dtype=FP32, linear=True),
+    Case("teacher of 64 pairs", 50257, pairs=64, edit=_ignore_one),
+    Case("64 pairs, hidden states", pairs=64, linear=True),
+    Case(
+        "64 pairs of another loss",
+        pairs=64,
+        divergence=JensenShannon(),
+        options={"temperature": 2.0, "kd_ratio": 0.5},
+    ),
     *(
         Case(name, divergence=kind(), edit=_forbid)
         for name, kind in FAMILY.items()
@@ -206,14 +223,18 @@ def compare(case: Case, student: Tensor, teacher: Tensor, labels: Tensor, backen
     """The worst over the rows of one case: forward, backward, and the gradient in place."""
     upstream = torch.linspace(-1.0, 2.0, len(labels))
     evaluate = through_heads if case.linear else on_logits
-    outcome = evaluate(case, student, teacher, labels.to(student.device), upstream, backend)
-    return judge(case, Inputs(student.cpu(), teacher.cpu(), labels, upstream), outcome)
+    known: Tensor | SparseTeacher = teacher.cpu()
+    if case.pairs:  # on the CPU, as another device may choose others of equal logits
+        known = teacher_pairs(teacher.cpu(), case.pairs, case.options.get("temperature", 1.0))
+    given = known.to(student.device)
+    outcome = evaluate(case, student, given, labels.to(student.device), upstream, backend)
+    return judge(case, Inputs(student.cpu(), known, labels, upstream), outcome)
 
 
 def judge(case: Case, inputs: Inputs, outcome: Outcome) -> Result:
     """The rows that count against the oracle, and the others against 0."""
     valid = inputs.labels != IGNORED
-    student, teacher, labels, upstream = (x[valid] for x in inputs)
+    student, labels, upstream = (x[valid] for x in (inputs.student, inputs.labels, inputs.upstream))
     loss, stats = outcome.loss.cpu(), outcome.stats
     claims = {name: column.cpu()[valid] for name, column in stats._asdict().items()}
     found = []
@@ -222,20 +243,8 @@ def judge(case: Case, inputs: Inputs, outcome: Outcome) -> Result:
             found.append(f"{name}: not exactly 0 where a token is ignored")
     if not valid.any():
         return Result(0.0, 0.0, found)
-    if isinstance(case.divergence, AdaptiveKL):
-        of_head = {name: claims[name] for name in ("head_size", "head_mass", "forward_weight")}
-        maps = {name: value for name, value in case.options.items() if name != "kd_ratio"}
-        found += head_faults(student, teacher, **of_head, **vars(case.divergence), **maps)
-    of = exact(
-        case.divergence,
-        student,
-        teacher,
-        labels=labels,
-        size=claims["head_size"],
-        forward_weight=claims["forward_weight"],
-        gap=claims["gap"],
-        **case.options,
-    )
+    of, of_head = of_oracle(case, student, inputs.teacher, valid, labels, claims)
+    found += of_head
     found += faults(loss[valid], None, of)
     roundings = 1.0 if _interpreted() else 0.5  # the interpreter truncates
     for up, gradient in outcome.gradients:
@@ -262,6 +271,41 @@ def judge(case: Case, inputs: Inputs, outcome: Outcome) -> Result:
     return Result(loss_error, gradient_error, found)
 
 
+def of_oracle(
+    case: Case,
+    student: Tensor,
+    teacher: Tensor | SparseTeacher,
+    valid: Tensor,
+    labels: Tensor,
+    claims: dict[str, Any],
+) -> tuple[Exact, list[str]]:
+    """The oracle of the rows that count, and the faults of their heads."""
+    divergence, found = case.divergence, []
+    weight, gap = claims["forward_weight"], claims["gap"]
+    of_head = {name: claims[name] for name in ("head_size", "head_mass", "forward_weight")}
+    maps = {name: value for name, value in case.options.items() if name != "kd_ratio"}
+    if isinstance(teacher, Tensor):
+        teacher = teacher[valid]
+        if isinstance(divergence, AdaptiveKL):
+            found = head_faults(student, teacher, **of_head, **vars(divergence), **maps)
+        taken = {"size": claims["head_size"], "forward_weight": weight, "gap": gap}
+        return exact(divergence, student, teacher, labels=labels, **taken, **case.options), found
+    assert teacher.log_tail is not None
+    pairs = dataclasses.replace(
+        teacher,
+        ids=teacher.ids[valid],
+        log_probs=teacher.log_probs[valid],
+        log_tail=teacher.log_tail[valid],
+    )
+    maps.pop("temperature", None)  # the pairs have it
+    if isinstance(divergence, AdaptiveKL):
+        found = head_faults_of_pairs(divergence, student, pairs, **of_head, gap=gap, **maps)
+    ratio = case.options.get("kd_ratio", 1.0)
+    of_labels = {"labels": labels, "kd_ratio": ratio} if ratio < 1.0 else {}
+    taken = {"head_size": claims["head_size"], "forward_weight": weight, "gap": gap}
+    return exact_of_pairs(divergence, student, pairs, **taken, **of_labels, **maps), found
+
+
 class Outcome(NamedTuple):
     """The results of a loss for a case, on the device."""
 
@@ -273,7 +317,12 @@ class Outcome(NamedTuple):
 
 
 def on_logits(
-    case: Case, student: Tensor, teacher: Tensor, labels: Tensor, upstream: Tensor, backend: str
+    case: Case,
+    student: Tensor,
+    teacher: Tensor | SparseTeacher,
+    labels: Tensor,
+    upstream: Tensor,
+    backend: str,
 ) -> Outcome:
     def evaluate(**options: Any) -> tuple[Any, Tensor]:
         leaf = student.clone().requires_grad_()
@@ -301,7 +350,12 @@ def on_logits(
 
 
 def through_heads(
-    case: Case, student: Tensor, teacher: Tensor, labels: Tensor, upstream: Tensor, backend: str
+    case: Case,
+    student: Tensor,
+    teacher: Tensor | SparseTeacher,
+    labels: Tensor,
+    upstream: Tensor,
+    backend: str,
 ) -> Outcome:
     """With hidden states I and weights that are the transposed logits, the products are exact."""
     n, device = len(labels), student.device
@@ -309,13 +363,17 @@ def through_heads(
     def evaluate(upstream: Tensor, **options: Any) -> tuple[Any, Tensor, Tensor]:
         hidden = torch.eye(n, device=device, dtype=student.dtype).requires_grad_()
         weight = student.t().contiguous().requires_grad_()
-        row_bytes = student[0].nbytes + teacher[0].nbytes
+        row_bytes = student[0].nbytes
+        of_teacher: tuple[Any, ...] = teacher, None
+        if isinstance(teacher, Tensor):
+            row_bytes += teacher[0].nbytes
+            identity = torch.eye(n, device=device, dtype=teacher.dtype)
+            of_teacher = identity, teacher.t().contiguous()
         loss_function: Any = akl_triton.linear_distillation_loss
         output = loss_function(
             hidden,
             weight,
-            torch.eye(n, device=device, dtype=teacher.dtype),
-            teacher.t().contiguous(),
+            *of_teacher,
             labels,
             divergence=case.divergence,
             chunk_bytes=CHUNK_ROWS * row_bytes,

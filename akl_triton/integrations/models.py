@@ -317,7 +317,7 @@ def _kept_pairs(teacher: SparseTeacher, inputs: Mapping[str, Any]) -> SparseTeac
 def _on(device: torch.device, x: Any) -> Any:
     """A tensor or pairs on the device, and what is neither as it is."""
     if isinstance(x, SparseTeacher) and x.device != device:
-        return _of_each(x, lambda x: x.to(device))
+        return x.to(device)
     return x.to(device) if isinstance(x, Tensor) else x
 
 

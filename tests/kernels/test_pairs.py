@@ -21,13 +21,13 @@ from akl_triton import (
     forward_kl,
     teacher_pairs,
 )
-from akl_triton.verify import exact_of_pairs, faults
+from akl_triton.verify import exact_of_pairs, faults, head_faults_of_pairs
 from bench.lab import ptxcpu
 from bench.lab.compile import TARGETS, RecordedLaunch, record_launches
 from bench.lab.sass import analyse
 from tests.kernels.conftest import INTERPRETER
 from tests.support.cases import V_S, labels_of
-from tests.support.pairs import SPARSE_DIVERGENCES, head_faults, pairs_of_every_kind
+from tests.support.pairs import SPARSE_DIVERGENCES, pairs_of_every_kind
 
 INF = float("inf")
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -61,17 +61,6 @@ def gradient_of(
     return loss.detach(), leaf.grad, stats
 
 
-def to(device: torch.device, teacher: SparseTeacher) -> SparseTeacher:
-    tail = None if teacher.log_tail is None else teacher.log_tail.to(device)
-    return SparseTeacher(
-        teacher.ids.to(device),
-        teacher.log_probs.to(device),
-        tail,
-        outside=teacher.outside,
-        temperature=teacher.temperature,
-    )
-
-
 def check(
     divergence: Divergence,
     student: Tensor,
@@ -86,7 +75,7 @@ def check(
     labels = labels_of(student) if "kd_ratio" in options else None
     loss, gradient, stats = gradient_of(
         student.to(device),
-        to(device, teacher),
+        teacher.to(device),
         upstream.to(device),
         inplace,
         divergence=divergence,
@@ -97,8 +86,9 @@ def check(
     maps = {name: options[name] for name in options if name.startswith("student_")}
     of_head = {}
     if isinstance(divergence, AdaptiveKL):
-        assert head_faults(divergence, student, teacher, stats, **maps) == []
         of_head = {name: getattr(stats, name) for name in ("head_size", "forward_weight", "gap")}
+        claims = {**of_head, "head_mass": stats.head_mass}
+        assert head_faults_of_pairs(divergence, student, teacher, **claims, **maps) == []
     of = exact_of_pairs(
         divergence,
         student,
@@ -166,7 +156,7 @@ def test_rows_that_count_and_rows_that_are_broken(offset: int, device: torch.dev
     wide = torch.full((n, v + 19), torch.nan, device=device)
     rows = wide[:, offset : offset + v]
     rows.copy_(student)
-    teacher = to(device, sound)
+    teacher = sound.to(device)
     teacher.ids[0, -1] = teacher.ids[0, -2]
     teacher.ids[2, -1] = v
     mask = torch.arange(n, device=device) % 3 != 1

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from akl_triton import DKD, Divergence, EntropySwitch, SparseTeacher, teacher_pairs
-from akl_triton.divergences import AdaptiveKL
-from akl_triton.reference import head_size, reference_sparse
-from akl_triton.verify import MASS_ERROR, MU_SLACK
 from tests.support.cases import DIVERGENCES, V_S, rows_of_every_kind
 
 # All but those that need the teacher's probability of every token.
@@ -49,48 +44,3 @@ def pairs_of_every_kind(
     return student, SparseTeacher(
         ids[:, order], log_probs[:, order], log_tail, temperature=temperature
     )
-
-
-def head_faults(
-    divergence: AdaptiveKL, student: Tensor, teacher: SparseTeacher, stats: object, **maps: Any
-) -> list[str]:
-    """A line for each fault of the heads of a finite row: those of the oracle for some mu' in
-    mu (1 +- MU_SLACK)."""
-    size, mass, w = (
-        getattr(stats, x).double() for x in ("head_size", "head_mass", "forward_weight")
-    )
-    p = teacher.entries().double().softmax(-1)[:, :-1]
-    order = teacher.log_probs.double().argsort(dim=-1, descending=True, stable=True)
-    count = (teacher.log_probs > -torch.inf).sum(-1)
-    least, most = (
-        head_size(p, order, divergence.mu * (1.0 + f * MU_SLACK), divergence.head).minimum(count)
-        for f in (-1, 1)
-    )
-    faults = [
-        f"row {i}: head_size {size[i]:g} is not in [{least[i]}, {most[i]}]"
-        for i in (~((least <= size) & (size <= most))).nonzero().flatten().tolist()
-    ]
-    exact = reference_sparse(
-        student,
-        teacher.ids.where(teacher.log_probs > -torch.inf, -1),
-        teacher.log_probs,
-        teacher.log_tail,
-        temperature=teacher.temperature,
-        size=size.long(),
-        ties=divergence.ties,
-        **maps,
-    )
-    gap = stats.gap.double()  # type: ignore[attr-defined]
-    slack = MASS_ERROR * (1.0 + 1.0 / gap.clamp(min=1e-300))
-    faults += [
-        f"row {i}: head_mass {mass[i]:.7f} or w {w[i]:.7f} is not {exact.head_mass[i]:.7f}, "
-        f"{exact.forward_weight[i]:.7f}"
-        for i in (
-            ((mass - exact.head_mass).abs() > MASS_ERROR)
-            | ((w - exact.forward_weight).abs() > slack)
-        )
-        .nonzero()
-        .flatten()
-        .tolist()
-    ]
-    return faults
