@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
+from packaging.version import Version
 from torch import Tensor, nn
 
 from ..divergences import AdaptiveKL, Divergence, resolve
@@ -18,6 +19,9 @@ from .heads import described, innermost, is_sharded
 from .models import check_no_other_side, check_vocabularies, distillation_loss_of_models
 from .pairs import COLUMNS, TEMPERATURE, teacher_of
 
+# The oldest version whose Trainer accumulates gradients rightly: those before 5.5.4 divide them by
+# the number of micro-batches once more.
+OLDEST = "5.6"
 _IGNORED = -100  # the label of every collator and Trainer
 # Those that a call does not give, and that the Trainer does not decide.
 _OPTIONS = {
@@ -312,6 +316,12 @@ class DistillationTrainer(DistillationMixin, transformers.Trainer):
 
 def _check_trainer(trainer: transformers.Trainer) -> None:
     """Refuse what would change the loss, or would be ignored by it."""
+    if Version(transformers.__version__) < Version(OLDEST):
+        raise ImportError(
+            f"transformers: expected {OLDEST} or newer, as the Trainer of older ones divides "
+            f"accumulated gradients once more, got {transformers.__version__}; pip install "
+            f"'transformers>={OLDEST}'"
+        )
     args = trainer.args
     if trainer.compute_loss_func is not None:
         raise ValueError(

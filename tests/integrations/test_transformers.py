@@ -9,7 +9,9 @@ from __future__ import annotations
 import copy
 import doctest
 import os
+import tomllib
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -33,6 +35,7 @@ from akl_triton.integrations.transformers import DistillationMixin, Distillation
 from tests.support.cases import DIVERGENCES
 from tests.support.tiny_models import VOCABULARY, tiny_model
 
+ROOT = Path(__file__).resolve().parents[2]
 L = 8
 RATE, EPSILON = 1e-2, 1e-1
 STATISTICS = set(DivergenceStats._fields) - {"cross_entropy"}  # of adaptive KL alone
@@ -639,6 +642,18 @@ def test_bad_models(tmp_path):
     trainer = trainer_of(student, larger, arguments(tmp_path, max_steps=1), same_vocabulary=False)
     trainer.train()
     assert logs_of_training(trainer)[0]["loss"] > 0.0
+
+
+def test_a_version_that_accumulates_wrongly_is_refused(tmp_path, monkeypatch):
+    """The oldest that is not is the floor of the extra."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    assert f"transformers>={trainers.OLDEST}" in extras["optional-dependencies"]["hf"]
+    student, teacher = student_and_teacher()
+    monkeypatch.setattr(transformers, "__version__", "5.5.0")
+    with pytest.raises(
+        ImportError, match=r"^transformers: expected 5\.6 or newer, .*5\.5\.0"
+    ):
+        trainer_of(student, teacher, arguments(tmp_path))
 
 
 def test_other_parallelism_is_refused(tmp_path, monkeypatch):
