@@ -40,7 +40,7 @@ def main(steps: int) -> None:
                 output_dir=folder,
                 max_steps=steps,
                 per_device_train_batch_size=2,
-                learning_rate=1e-3,
+                learning_rate=5e-4,
                 save_strategy="no",
                 report_to="none",
             ),
