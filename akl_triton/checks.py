@@ -106,7 +106,9 @@ def check_sums(
     logs = log_probs.float()
     p = logs.exp()
     total = p.sum(-1)
-    rounding = torch.finfo(log_probs.dtype).eps * (p * logs.clamp(min=-100.0)).abs().sum(-1)
+    # What is fp32 here may have been stored in fp16.
+    eps = max(torch.finfo(log_probs.dtype).eps, torch.finfo(torch.float16).eps)
+    rounding = eps * (p * logs.clamp(min=-100.0)).abs().sum(-1)
     if log_tail is not None:
         total = total + log_tail.float().exp()
     excess = (total - 1.0).where(ids[..., 0] != largest, 0.0)

@@ -451,7 +451,7 @@ def of_pairs(
     check_supported(rule.divergence, teacher.outside)
     if rule.temperature != teacher.temperature:
         raise ValueError(
-            f"temperature: expected {teacher.temperature:g}, that of the pairs in {name}, got "
+            f"temperature: expected {teacher.temperature:g}, that of the teacher's pairs, got "
             f"{rule.temperature:g}; store log-probabilities of that temperature"
         )
     if rule.teacher_map != LogitMap():

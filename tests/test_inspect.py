@@ -22,6 +22,7 @@ pytest.importorskip("matplotlib")
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers  # noqa: E402
 
 from akl_triton.cli import inspect, loss_memory, main, pair, token_page, token_report  # noqa: E402
+from akl_triton.integrations.transformers import OLDEST  # noqa: E402
 from tests.support.tiny_models import tiny_model  # noqa: E402
 
 TEXT = """Théorie & <script>alert("1 < 2")</script> \u2603
@@ -398,7 +399,7 @@ def test_versions_are_those_of_the_extras(monkeypatch):
     found = {x["name"]: x for x in inspect.versions()}
     if found["transformers"]["tested"] is None:
         pytest.skip("akl-triton is not installed")
-    assert found["transformers"]["tested"] == ">=5" and found["transformers"]["known"]
+    assert found["transformers"]["tested"] == f">={OLDEST}" and found["transformers"]["known"]
     monkeypatch.setattr(inspect, "version", lambda name: "4.57.0")
     assert not {x["name"]: x for x in inspect.versions()}["transformers"]["known"]
 

@@ -394,7 +394,10 @@ def test_teachers_that_are_refused(
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"temperature": 2.0}, "temperature: expected 1, that of the pairs in teacher_logits"),
+        (
+            {"temperature": 2.0},
+            "temperature: expected 1, that of the teacher's pairs, got 2; store log-probabilities",
+        ),
         ({"divergence": DKD()}, r"divergence: expected one that a SparseTeacher suffices for \("),
         ({"divergence": EntropySwitch()}, "which needs the teacher's probability of every token"),
         ({"teacher_softcap": 30.0}, "teacher_softcap, teacher_logit_scale: expected None and 1"),

@@ -650,9 +650,7 @@ def test_a_version_that_accumulates_wrongly_is_refused(tmp_path, monkeypatch):
     assert f"transformers>={trainers.OLDEST}" in extras["optional-dependencies"]["hf"]
     student, teacher = student_and_teacher()
     monkeypatch.setattr(transformers, "__version__", "5.5.0")
-    with pytest.raises(
-        ImportError, match=r"^transformers: expected 5\.6 or newer, .*5\.5\.0"
-    ):
+    with pytest.raises(ImportError, match=r"^transformers: expected 5\.6 or newer, .*5\.5\.0"):
         trainer_of(student, teacher, arguments(tmp_path))
 
 
