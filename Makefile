@@ -36,7 +36,7 @@ oldest newest: $(READY)
 	PYTHONPATH=build/$@ $(BIN)/python -c \
 		"import triton; assert triton.__version__ == '$(TRITON)', triton.__version__"
 	PYTHONPATH=build/$@ $(BIN)/python -m pytest -n $(JOBS) \
-		tests/kernels/test_stages.py tests/kernels/test_compiled.py
+		tests/kernels/test_stages.py tests/kernels/test_compiled.py tests/kernels/test_pairs.py
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -20,7 +20,7 @@ PINNED = ("-c", "constraints.txt")
 # --no-deps.
 PACKAGES = ("-e", ".[dev,all,docs]", "gguf")
 # The tests of `make oldest`.
-KERNELS = ("tests/kernels/test_stages.py", "tests/kernels/test_compiled.py")
+KERNELS = tuple(f"tests/kernels/test_{name}.py" for name in ("stages", "compiled", "pairs"))
 EXTRAS = nox.project.load_toml("pyproject.toml")["project"]["optional-dependencies"]
 # The tests of the integrations, less those of what only newer versions of transformers have: an
 # architecture, two kinds of logits_to_keep, and the name of an option.

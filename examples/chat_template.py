@@ -1,6 +1,6 @@
 """Conversations: the loss is that of the assistant's tokens alone, which the chat template marks.
 
-python examples/chat_template.py     (a CPU, three minutes)
+python examples/chat_template.py     (a CPU, some minutes)
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 torchrun --nproc-per-node 2 examples/distributed.py --strategy ddp
 torchrun --nproc-per-node 2 examples/distributed.py --strategy fsdp2
 
-(gloo on a CPU, five minutes; nccl where there are GPUs)
+(gloo on a CPU, some minutes; nccl where there are GPUs)
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """A draft model for speculative decoding with a part of the teacher's vocabulary, as in EAGLE-3.
 
-python examples/draft_vocabulary.py     (a CPU, two minutes)
+python examples/draft_vocabulary.py     (a CPU, some minutes)
 """
 
 from __future__ import annotations

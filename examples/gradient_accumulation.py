@@ -1,6 +1,6 @@
 """Gradient accumulation whose sum is the gradient of the undivided batch: `num_items`.
 
-python examples/gradient_accumulation.py     (a CPU, four minutes)
+python examples/gradient_accumulation.py     (a CPU, some minutes)
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Fine-tuning with a KL penalty that keeps the policy near the frozen reference it starts from: the
 loss is (1 - kd_ratio) cross-entropy + kd_ratio KL(policy || reference), in one pass.
 
-python examples/kl_penalty.py     (a CPU, five minutes; policy.py has a policy gradient instead)
+python examples/kl_penalty.py     (a CPU, some minutes; policy.py has a policy gradient instead)
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """A LightningModule with the loss of a teacher.
 
-python examples/lightning_module.py     (a CPU, three minutes; needs lightning)
+python examples/lightning_module.py     (a CPU, some minutes; needs lightning)
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """LoRA of PEFT on the projections of attention and on the lm_head, taught by the whole model.
 
-python examples/lora.py     (a CPU, three minutes; needs peft)
+python examples/lora.py     (a CPU, some minutes; needs peft)
 """
 
 from __future__ import annotations

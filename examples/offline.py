@@ -1,6 +1,6 @@
 """A teacher that runs once: its pairs are written to disk, and a student trains from there.
 
-python examples/offline.py     (a CPU, three minutes)
+python examples/offline.py     (a CPU, some minutes)
 """
 
 from __future__ import annotations

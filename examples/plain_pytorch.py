@@ -1,6 +1,6 @@
 """A loop of your own: the loss of two models, neither of which ever holds whole logits.
 
-python examples/plain_pytorch.py     (a CPU, three minutes)
+python examples/plain_pytorch.py     (a CPU, some minutes)
 """
 
 from __future__ import annotations

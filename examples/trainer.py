@@ -1,6 +1,6 @@
 """The Trainer of transformers with the loss of a teacher, and the statistics that it logs.
 
-python examples/trainer.py     (a CPU, three minutes)
+python examples/trainer.py     (a CPU, some minutes)
 """
 
 from __future__ import annotations

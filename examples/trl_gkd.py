@@ -1,6 +1,6 @@
 """GKDTrainer of TRL with adaptive KL: half of the answers are the student's own.
 
-python examples/trl_gkd.py     (a CPU, five minutes; needs trl)
+python examples/trl_gkd.py     (a CPU, some minutes; needs trl)
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """DistillationTrainer of TRL with reverse KL: the student answers, the teacher judges each token.
 
-python examples/trl_on_policy.py     (a CPU, five minutes; needs trl)
+python examples/trl_on_policy.py     (a CPU, some minutes; needs trl)
 """
 
 from __future__ import annotations
