@@ -649,7 +649,7 @@ def test_a_version_that_accumulates_wrongly_is_refused(tmp_path, monkeypatch):
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
     assert f"transformers>={trainers.OLDEST}" in extras["optional-dependencies"]["hf"]
     student, teacher = student_and_teacher()
-    monkeypatch.setattr(transformers, "__version__", "5.5.0")
+    monkeypatch.setattr("akl_triton.integrations.transformers.transformers.__version__", "5.5.0")
     with pytest.raises(ImportError, match=r"^transformers: expected 5\.6 or newer, .*5\.5\.0"):
         trainer_of(student, teacher, arguments(tmp_path))
 
