@@ -102,14 +102,10 @@ def check(
     assert faults(loss.cpu(), gradient.cpu(), of, upstream=upstream, roundings=roundings) == []
 
 
-# What a member is of the entries is that of dense teachers, which tests/test_family.py compiles for
-# all: here it is compiled for the kinds that have code of their own, and interpreted for all.
-MEMBERS = (
-    SPARSE_DIVERGENCES
-    if INTERPRETER
-    else tuple(
-        x for x in SPARSE_DIVERGENCES if isinstance(x, (AdaptiveKL, MixedKL, LKHybrid, DecoupledKL))
-    )
+# What a member is of the entries is that of dense teachers, which tests/test_family.py has for all:
+# here are the kinds that have code of their own.
+MEMBERS = tuple(
+    x for x in SPARSE_DIVERGENCES if isinstance(x, (AdaptiveKL, MixedKL, LKHybrid, DecoupledKL))
 )
 
 
