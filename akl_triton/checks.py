@@ -91,6 +91,20 @@ def check_pairs(
         )
 
 
+def check_ids(ids: Tensor, valid: Tensor | None, vocabulary: int) -> None:
+    """The pairs [N, k] of the rows that count are tokens: values are read on a CPU only."""
+    if ids.device.type != "cpu" or is_traced(ids):
+        return
+    no_token = (ids >= vocabulary) & (ids != torch.iinfo(ids.dtype).max)  # the last is no pair
+    if valid is not None:
+        no_token &= valid[:, None]
+    if bool(no_token.any()):
+        raise ValueError(
+            f"ids: expected tokens from 0 to {vocabulary - 1}, those of the student, or negative "
+            f"ids where there is no pair, got {int(ids[no_token][0])}"
+        )
+
+
 def check_sums(
     ids: Tensor, log_probs: Tensor, log_tail: Tensor | None, outside: str, tolerance: float
 ) -> None:

@@ -754,7 +754,7 @@ class Rule(NamedTuple):
     teacher_map: LogitMap = LogitMap()
     divergence_weight: float = 1.0  # the loss is the sum of these times the divergence
     label_weight: float = 0.0  # and the cross-entropy of the student at T = 1 with the labels
-    rest: bool = False  # whether the last token of both sides is all others, and in no head
+    rest: bool = False  # whether all other tokens are an entry, the last, which is in no head
     vocab_size: int | None = None  # tokens of both sides, where the logits are padded
 
     @property

@@ -459,6 +459,8 @@ def _loss(
 
     tokens = student.shape[:-1]
     valid, targets, factor = rows_that_count(tokens, labels, rule, options, items)
+    if ids is not None:
+        checks.check_ids(ids, valid, vocabulary)
     rows = sides._replace(
         student_hidden=student.reshape(-1, student.shape[-1]),
         teacher_hidden=teacher.reshape(-1, teacher.shape[-1]),

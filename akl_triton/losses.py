@@ -414,6 +414,8 @@ def _loss(
 
     tokens = student.shape[:-1]
     valid, targets, factor = rows_that_count(tokens, labels, rule, options, items)
+    if ids is not None:
+        checks.check_ids(ids, valid, vocabulary)
     rows_s, rows_t = as_rows(student, teacher) if ids is None else (*as_rows(student), teacher)
     if inplace and wants_gradient:
         # Multiplied, not copied to the device: a copy would wait for it.

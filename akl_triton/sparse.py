@@ -83,8 +83,9 @@ class SparseTeacher:
     Raises:
         TypeError, ValueError: an argument is not as above. On a CPU also where an id comes twice in
             a row, or the probabilities of a row sum to more than 1, or with log_tail to something
-            else; elsewhere that would wait for the device, and the loss of a row with an id that
-            comes twice, or that is no token, is NaN.
+            else, and in the loss where an id is no token of the student; elsewhere that would wait
+            for the device, and the loss of a row with an id that comes twice, or that is no token,
+            is NaN.
 
     Reference:
         "zero" with sampled ids: Anshumann et al., "Sparse Logit Sampling: Accelerating Knowledge
@@ -110,7 +111,8 @@ class SparseTeacher:
         checks.check_pairs(self.ids, self.log_probs, self.log_tail, self.outside, MOST_PAIRS)
         # Ascending, so that equal logits of a head are taken in the order of their ids, a kernel
         # knows the pairs in a block, and the order in which they come changes no bit.
-        ids = self.ids.where(self.ids >= 0, ABSENT).clamp(max=ABSENT).int()
+        absent = (self.ids < 0) | (self.ids == ABSENT)  # the latter in pairs that were made before
+        ids = self.ids.clamp(max=ABSENT - 1).masked_fill(absent, ABSENT).int()
         ids, order = ids.sort(dim=-1)
         log_probs = self.log_probs.gather(-1, order)
         object.__setattr__(self, "ids", ids)

@@ -31,6 +31,7 @@ from akl_triton import (
     SparseTeacher,
     TotalVariation,
     adaptive_kl,
+    checks,
     distillation_loss,
     forward_kl,
     linear_distillation_loss,
@@ -218,6 +219,14 @@ def test_the_order_of_pairs_changes_no_bit(divergence: Divergence) -> None:
         results.append((loss.detach(), leaf.grad))
     for loss, gradient in results[1:]:
         assert torch.equal(loss, results[0][0]) and torch.equal(gradient, results[0][1])
+
+
+def test_pairs_of_pairs_are_the_same() -> None:
+    """As `to` and dataclasses.replace make them; an absent pair stays absent."""
+    teacher = SparseTeacher(torch.tensor([[-1, 3, -7, 1]]), torch.full((1, 4), 0.2).log())
+    for again in (teacher.to("cpu"), dataclasses.replace(teacher)):
+        assert torch.equal(again.ids, teacher.ids)
+        assert torch.equal(again.entries(), teacher.entries())
 
 
 def test_absent_pairs_are_not_there() -> None:
@@ -427,9 +436,28 @@ def test_shapes_and_weights_that_do_not_fit() -> None:
         teacher_pairs(torch.zeros(1, 5), 6)
 
 
+@pytest.mark.parametrize("wrong", [300, 2**31 - 2, 2**40])
+def test_a_pair_that_is_no_token_is_refused_on_a_cpu(wrong: int) -> None:
+    """In rows that count; an id beyond int32 is no pair that is absent."""
+    student, logits = some_pairs()
+    pairs = teacher_pairs(logits, 12)
+    ids = pairs.ids.long()
+    ids[2, 5] = wrong
+    teacher = SparseTeacher(ids, pairs.log_probs, pairs.log_tail)
+    message = "ids: expected tokens from 0 to 299, those of the student"
+    with pytest.raises(ValueError, match=message):
+        adaptive_kl(student, teacher)
+    with pytest.raises(ValueError, match=message):
+        linear_distillation_loss(student, torch.eye(300), teacher)
+    assert adaptive_kl(student, teacher, mask=torch.arange(6) != 2).isfinite()
+
+
 @pytest.mark.parametrize("fault", ["twice", "no token"])
-def test_a_row_with_broken_pairs_is_nan_and_no_other(fault: str) -> None:
-    """Where nobody looks at values: on a GPU, and here behind the checks."""
+def test_a_row_with_broken_pairs_is_nan_and_no_other(
+    fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where nobody looks at values: on a GPU, and here without the check."""
+    monkeypatch.setattr(checks, "check_ids", lambda *_: None)
     student, logits = some_pairs()
     teacher = teacher_pairs(logits, 12)
     broken = dataclasses.replace(teacher)
