@@ -22,7 +22,7 @@ from rich.table import Table
 from torch import Tensor
 
 import akl_triton
-from akl_triton import AdaptiveKL, Divergence, DivergenceStats, JensenShannon, SparseTeacher
+from akl_triton import AdaptiveKL, Divergence, DivergenceStats, SparseTeacher
 from akl_triton.backend import resolve_backend
 from akl_triton.cli import UsageError
 from akl_triton.cli.options import resolve_device
@@ -143,7 +143,7 @@ CASES = (
     Case(
         "64 pairs of another loss",
         pairs=64,
-        divergence=JensenShannon(),
+        divergence=FAMILY["jensen_shannon"](),
         options={"temperature": 2.0, "kd_ratio": 0.5},
     ),
     *(

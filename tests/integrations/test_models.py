@@ -202,7 +202,7 @@ def test_pairs_of_the_positions_that_are_kept(keep, positions):
     [
         ({"tokenizers": (1, 2)}, r"^tokenizers: expected None with a teacher that is pairs"),
         ({"same_vocabulary": False}, r"^same_vocabulary: expected True with a teacher that is"),
-        ({"temperature": 2.0}, r"^temperature: expected 1, that of the pairs"),
+        ({"temperature": 2.0}, r"^temperature: expected 1, that of the teacher's pairs"),
         ({"inputs": {"input_ids": IDS[:, :4]}}, r"^teacher: expected pairs \[2, 4\], of every"),
     ],
     ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
