@@ -23,7 +23,8 @@ docs: $(READY)
 test: export OMP_NUM_THREADS = 1
 test: $(READY)
 	$(BIN)/python -m pytest -n $(JOBS)
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(JOBS) tests/kernels tests/test_family.py
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(JOBS) tests/kernels tests/test_family.py \
+		tests/test_shards.py tests/test_shard_pairs.py
 
 # Tests of the code that another Triton makes of the kernels, stage by stage and whole: the oldest
 # version that pyproject.toml allows, which is also that of bench/gpu.sh, and the newest there is.
@@ -36,7 +37,8 @@ oldest newest: $(READY)
 	PYTHONPATH=build/$@ $(BIN)/python -c \
 		"import triton; assert triton.__version__ == '$(TRITON)', triton.__version__"
 	PYTHONPATH=build/$@ $(BIN)/python -m pytest -n $(JOBS) \
-		tests/kernels/test_stages.py tests/kernels/test_compiled.py tests/kernels/test_pairs.py
+		tests/kernels/test_stages.py tests/kernels/test_compiled.py tests/kernels/test_pairs.py \
+		tests/kernels/test_shards.py
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -45,6 +45,18 @@ def full_blocks_end(end_t, end_s, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def full_end_of(found_end, found_block, BLOCK: tl.constexpr):
+    """The end of the full blocks of another kernel, as fp32, in blocks of this one.
+
+    That kernel found its own blocks finite, which may have been narrower; if they were wider,
+    several of these lie in its block 0, where anything may stand."""
+    found_block = found_block.to(tl.int32)
+    found_end = found_end.to(tl.int32)
+    full_end = tl.where(found_block <= BLOCK, found_end * found_block // BLOCK, 1)
+    return tl.where(found_end == 0, 0, tl.maximum(full_end, 1))
+
+
+@triton.jit
 def edge_block(i, full):
     """The i-th edge block: 0, full, full + 1, ..."""
     return tl.where(i == 0, 0, tl.maximum(full, 1) + i - 1)

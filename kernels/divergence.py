@@ -182,9 +182,9 @@ def row_divergence(
         size = float("nan")
     variance = 0.0
     if MOMENTS:
-        total_x = tl.where(total_x == 0.0, 1.0, total_x)  # where nothing is kept
-        total_g /= total_x
-        variance = total_squares / total_x - total_g * total_g
+        weight = tl.where(total_x == 0.0, 1.0, total_x)  # where nothing is kept
+        total_g /= weight
+        variance = total_squares / weight - total_g * total_g
         variance = tl.where(variance < 0.0, 0.0, variance)
     else:
         total_x *= factor_t

@@ -72,7 +72,7 @@ def value_of(key, dtype: tl.constexpr):
 
 
 @triton.jit
-def _lowest_key(dtype: tl.constexpr):
+def lowest_key(dtype: tl.constexpr):
     """Key of the lowest finite number, in fp32 that of bf16."""
     lowest: tl.constexpr = -65504.0 if dtype == tl.float16 else -3.3895313892515355e38
     return key_of(tl.full((), lowest, tl.float32), dtype)
@@ -111,7 +111,7 @@ def head_boundary(
     dtype: tl.constexpr = t_row.dtype.element_ty
     target = tl.minimum(mu, LARGEST_MU) * z
     base = tl.where(full_end == 0, 0.5 * capped(top, gain), 0.0)
-    top_mass = _mass(top, scale, gain, reference, base)
+    top_mass = mass_of(top, scale, gain, reference, base)
     crossing = top
     above = 0.0
     reached = top_mass
@@ -119,7 +119,7 @@ def head_boundary(
     alone = (top_mass > 0.5 * z) & crosses(top_mass, target, INCLUSIVE)
     if (z == z) & (alone == 0):
         high = key_of(top, dtype) + 1
-        slot_mass = _mass(slots, scale, gain, reference, base)
+        slot_mass = mass_of(slots, scale, gain, reference, base)
         heavy = slot_mass > hidden
         low = key_of(tl.min(tl.where(heavy, slots, float("inf")), axis=0), dtype)
         known = tl.sum(tl.where(heavy, slot_mass, 0.0), axis=0)
@@ -136,7 +136,7 @@ def head_boundary(
             above = known
             reached = known
         else:
-            low = _lowest_key(dtype)
+            low = lowest_key(dtype)
             if gain is None:  # a softcap lifts all that is below
                 low = tl.maximum(low, key_of(top - DEPTH / scale, dtype) - 1)
             low = tl.minimum(low, high - 1)  # fp32 goes on below the lowest number of bf16
@@ -144,7 +144,7 @@ def head_boundary(
                 t_row, lead, end_t, scale, gain, base, reference, slots, top, target, low, high, z,
                 INCLUSIVE, False, dtype, BLOCK,
             )  # fmt: skip
-    tie_mass = _mass(crossing, scale, gain, reference, base)
+    tie_mass = mass_of(crossing, scale, gain, reference, base)
     ties = tl.floor((reached - above) / tie_mass + 0.5)
     fitting = (target - above) / tie_mass
     if INCLUSIVE:
@@ -161,18 +161,18 @@ def head_boundary(
         if taken > ties - 0.5:
             cut = end_t
         elif taken > 0.5:
-            cut = _cut_behind(t_row, lead, end_t, crossing, taken, ties, BLOCK)
+            cut = cut_behind(t_row, lead, end_t, crossing, taken, ties, BLOCK)
     return crossing, above / z, taken, tie_mass / z, cut
 
 
 @triton.jit
-def _mass(x, scale, gain, reference, base=None):
+def mass_of(x, scale, gain, reference, base=None):
     """The mass of a logit, in units of Z."""
     return tl.exp2(scaled(x, scale, gain, reference, base))
 
 
 @triton.jit
-def _steepness(scale, gain):
+def steepness_of(scale, gain):
     """The most that the logarithm (to base 2) of a mass changes with x."""
     if gain is not None:
         scale *= gain
@@ -185,8 +185,8 @@ def _estimate(slots, scale, gain, base, reference, target, top, BLOCK: tl.conste
     above it: f near 1 means that they hide most tokens and the estimate is poor.
 
     Bins of a factor of 2^BIN_LOG2 go down from the top; the last of them is halved."""
-    slot_mass = _mass(slots, scale, gain, reference, base)
-    steepness = _steepness(scale, gain)
+    slot_mass = mass_of(slots, scale, gain, reference, base)
+    steepness = steepness_of(scale, gain)
     high = top  # above it the estimated mass falls short of the target
     mass_above = 0.0
     slots_above = 0.0
@@ -232,7 +232,7 @@ def _interpolated(low_value, high_value, mass_low, mass_high, target, scale, gai
     width = high_value - low_value
     share = (mass_low - target) / (mass_low - mass_high)
     x = low_value + width * share
-    tokens = (mass_low - mass_high) / _mass(x, scale, gain, reference, base)
+    tokens = (mass_low - mass_high) / mass_of(x, scale, gain, reference, base)
     noise = tl.sqrt(tl.maximum(share * (1.0 - share), 0.02) / tl.maximum(tokens, 1.0))
     return x, width * (CURVATURE_ERROR + 0.15 * noise)
 
@@ -242,7 +242,7 @@ def _add_masses(
     t, mass, pivots, below, above, low_value, high_value, scale, gain, reference, base, dtype
 ):
     """Add a block of logits to the masses at the pivots, and to the logits nearest the bracket."""
-    p = _mass(t, scale, gain, reference, base)
+    p = mass_of(t, scale, gain, reference, base)
     new = ()
     for i in tl.static_range(PIVOTS):
         new = new + (mass[i] + tl.where(t >= pivots[i], p, 0.0),)
@@ -270,7 +270,7 @@ def _search(
     x = value_of(high, dtype)
     if not SLOTS:
         x, saturation = _estimate(slots, scale, gain, base, reference, target, top, BLOCK)
-        reach = tl.where(saturation > 0.8, PIVOT_FAR, PIVOT_NEAR) / _steepness(scale, gain)
+        reach = tl.where(saturation > 0.8, PIVOT_FAR, PIVOT_NEAR) / steepness_of(scale, gain)
     last = tl.where(base == 0.0, end_t // BLOCK, 0)
     span = high.to(tl.int64) - low.to(tl.int64)
     while span > 1:
@@ -345,7 +345,7 @@ def _search(
 
 
 @triton.jit
-def _cut_behind(t_row, lead, end_t, crossing, taken, ties, BLOCK: tl.constexpr):
+def cut_behind(t_row, lead, end_t, crossing, taken, ties, BLOCK: tl.constexpr):
     """The offset before which `taken` of the logits equal to `crossing` stand, the others behind.
 
     The row is walked from the end that is nearer in ties, CHUNK blocks at a time, until it is seen

@@ -13,6 +13,7 @@ from triton.runtime import driver
 from .launch_table import Launch, launch_for
 from .pairs import pairs_gradient_kernel, pairs_kernel
 from .row_kernels import backward_kernel, forward_kernel, rescale_kernel
+from .shards import shard_masses_kernel, shard_statistics_kernel, shard_sums_kernel
 from .tuning import is_autotuning, tuned_launch
 
 LOG2E = 1.4426950408889634
@@ -157,7 +158,7 @@ def pairs(
     labels: torch.Tensor | None,  # [N] int32 | int64
     log_q: torch.Tensor,  # [N, k + 1] fp32
     state: torch.Tensor,  # [N, 8] fp32
-    of_student: torch.Tensor,  # [N, 4] fp32: layout.OF_STUDENT
+    of_student: torch.Tensor,  # [N, 4] fp32: layout.OF_STUDENT, and the largest logit
     *,
     temperature: float,
     rest: bool,  # whether the rest is an entry
@@ -220,6 +221,130 @@ def pairs_backward(
         HAS_MASK=valid is not None,
     )
     _launch(pairs_gradient_kernel, "gradient of pairs", ids.shape[0], arguments)
+
+
+def shard_statistics(
+    student: torch.Tensor,  # [outer, inner, V_s] a shard of the logits, unit stride in V
+    teacher: torch.Tensor,  # [outer, inner, V_t]
+    valid: torch.Tensor | None,  # [N] bool, N = outer * inner
+    labels: torch.Tensor | None,  # [N] int64 token of the shard, or -1
+    out: torch.Tensor,  # [N, W] fp32: layout.SHARD_STATISTICS, and what finds a head
+    blocks: torch.Tensor,  # [N, 2] fp32
+    *,
+    temperature: float,
+    mu: float | None,  # of the head, None without one
+    statistics: bool,
+    entropy: bool,  # whether that of the teacher is wanted in any case
+    kls: tuple[bool, bool],  # whether the forward and the reverse one are
+    apart: bool,  # whether the label is left out
+    student_softcap: float | None = None,
+    teacher_softcap: float | None = None,
+    student_logit_scale: float = 1.0,
+    teacher_logit_scale: float = 1.0,
+) -> None:
+    """Launch shard_statistics_kernel."""
+    arguments = dict(
+        s_ptr=student,
+        t_ptr=teacher,
+        valid_ptr=valid,
+        labels_ptr=labels,
+        out_ptr=out,
+        blocks_ptr=blocks,
+        **_of_shard(student, teacher),
+        **_maps(
+            temperature, student_softcap, teacher_softcap, student_logit_scale, teacher_logit_scale
+        ),
+        mu=mu or 0.0,
+        HAS_HEAD=mu is not None,
+        STATS=statistics,
+        ENTROPY=entropy,
+        FORWARD=kls[0],
+        REVERSE=kls[1],
+        **_of_labels(labels, temperature, apart=apart),
+        HAS_MASK=valid is not None,
+    )
+    name = "fixed weight" if mu is None and not statistics else "head or statistics"
+    _launch(shard_statistics_kernel, name, out.shape[0], arguments)
+
+
+def shard_masses(
+    teacher: torch.Tensor,  # [outer, inner, V_t] a shard of the logits, unit stride in V
+    rows: torch.Tensor,  # [M] int64
+    asked: torch.Tensor,  # [M, SHARD_PIVOTS + 3] fp32: pivots, reference, low, high
+    out: torch.Tensor,  # [M, SHARD_PIVOTS + 2] fp32
+    *,
+    temperature: float,
+    teacher_softcap: float | None = None,
+    teacher_logit_scale: float = 1.0,
+) -> None:
+    """Launch shard_masses_kernel."""
+    maps = _maps(temperature, None, teacher_softcap, 1.0, teacher_logit_scale)
+    lead = _lead(teacher)
+    launch = launch_for("masses", teacher.shape[2])
+    with _device_of(teacher):
+        shard_masses_kernel[(rows.shape[0],)](
+            t_ptr=teacher,
+            rows_ptr=rows,
+            asked_ptr=asked,
+            out_ptr=out,
+            outer_t=teacher.stride(0),
+            inner_t=teacher.stride(1),
+            inner=teacher.shape[1],
+            V_t=teacher.shape[2],
+            base_lead=lead[0],
+            scale_t=maps["scale_t"],
+            gain_t=maps["gain_t"],
+            HAS_LEAD=any(lead),
+            **_options(launch),
+        )
+
+
+def shard_sums(
+    student: torch.Tensor,  # [outer, inner, V_s] a shard of the logits, unit stride in V
+    teacher: torch.Tensor,  # [outer, inner, V_t]
+    valid: torch.Tensor | None,  # [N] bool
+    softmaxes: torch.Tensor,  # [N, 5] fp32: reference and Z of teacher and student, pivot
+    boundary: torch.Tensor | None,  # [N, 3] fp32: crossing, taken, ties; with a head
+    blocks: torch.Tensor,  # [N, 2] fp32 of shard_statistics, brought up to date
+    out: torch.Tensor,  # [N, 6] fp32: layout.SHARD_SUMS
+    *,
+    temperature: float,
+    stable: bool,
+    statistics: bool,
+    terms: Callable | None = None,  # as in `forward`
+    numbers: tuple[float, ...] = (),
+    limits: tuple[bool, bool] = (True, True),
+    eta: float | None = None,
+    parts: tuple[float, float] | None = None,
+    student_softcap: float | None = None,
+    teacher_softcap: float | None = None,
+    student_logit_scale: float = 1.0,
+    teacher_logit_scale: float = 1.0,
+) -> None:
+    """Launch shard_sums_kernel."""
+    maps = _maps(
+        temperature, student_softcap, teacher_softcap, student_logit_scale, teacher_logit_scale
+    )
+    of_terms = _of_terms(terms, numbers, limits, eta, parts, maps)
+    del maps["scale_1"], of_terms["HYBRID"]
+    arguments = dict(
+        s_ptr=student,
+        t_ptr=teacher,
+        valid_ptr=valid,
+        softmax_ptr=softmaxes,
+        boundary_ptr=boundary,
+        blocks_ptr=blocks,
+        out_ptr=out,
+        **_of_shard(student, teacher),
+        **maps,
+        **of_terms,
+        HAS_HEAD=boundary is not None,
+        STABLE=stable,
+        STATS=statistics,
+        HAS_MASK=valid is not None,
+    )
+    name = "terms" if terms and not statistics else "head or statistics"
+    _launch(shard_sums_kernel, name, out.shape[0], arguments)
 
 
 def rescale(
@@ -365,6 +490,12 @@ def _addressing(student, teacher, gradient) -> dict:
         "S_ALIGNED": _lead(student) == lead,
         "DS_ALIGNED": _lead(gradient) == lead,
     }
+
+
+def _of_shard(student, teacher) -> dict:
+    """`_addressing` of kernels that write no gradient."""
+    arguments = _addressing(student, teacher, student)
+    return {name: x for name, x in arguments.items() if "ds" not in name.lower()}
 
 
 def _lead(logits) -> tuple[int, int, int]:

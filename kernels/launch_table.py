@@ -50,6 +50,11 @@ TABLE = {
     # A sweep each, and nothing that has to stay in the L2.
     "pairs": _by_vocabulary(80),
     "gradient of pairs": _by_vocabulary(80),
+    # As many sums as there are pivots, in registers: 4 columns a thread.
+    "masses": (
+        (128, Launch(128, 32, 128)),
+        (float("inf"), Launch(1024, 256, 128)),
+    ),
     # Rows that are short, so that registers are plenty.
     "entries of pairs": _by_vocabulary(168),
 }

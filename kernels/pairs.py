@@ -45,6 +45,7 @@ from .statistics import REFERENCE_LIMIT, SUM_LIMIT
 ABSENT = tl.constexpr(layout.ABSENT)
 PAIRS_STATE_WIDTH = tl.constexpr(layout.PAIRS_STATE_WIDTH)
 OF_STUDENT_WIDTH = tl.constexpr(layout.OF_STUDENT_WIDTH)
+LARGEST_LOGIT = tl.constexpr(layout.LARGEST_LOGIT)
 # Z_rest is summed without the pairs where its share of Z is below this share of the teacher's rest,
 # or below 2^-18: ln q_rest is then off by less than 2^-20 / tau elsewhere.
 OF_TEACHERS_REST = tl.constexpr(2.0**-3)
@@ -60,7 +61,7 @@ def pairs_kernel(
     labels_ptr,  # [N] token of the cross-entropy (HAS_LABELS)
     log_q_ptr,  # [N, k + 1] fp32, ln q of the same
     state_ptr,  # [N, 8] fp32, what the backward needs
-    of_student_ptr,  # [N, 4] fp32: layout.OF_STUDENT
+    of_student_ptr,  # [N, 4] fp32: layout.OF_STUDENT, and the largest logit
     outer_s, inner_s, inner, V, k, base_lead,
     scale_s, gain_s, scale_1,  # of `scaled`
     REST: tl.constexpr,  # whether the rest is an entry, or has no mass on either side
@@ -132,7 +133,8 @@ def pairs_kernel(
         tl.store(of_student + 0, entropy)
         tl.store(of_student + 1, agreement)
         tl.store(of_student + 2, cross_entropy)
-        tl.store(of_student + 3, 0.0)
+        largest = _largest(s_row, lead, end, top, full_end, STATS, BLOCK)
+        tl.store(of_student + LARGEST_LOGIT, largest)
 
         some = z_rest != 0.0  # or else no other token has any mass
         lse_rest, lost_rest = rounded_sum(reference, tl.log2(tl.where(some, z_rest, z)))
@@ -147,8 +149,11 @@ def pairs_kernel(
         nothing = cross_entropy * 0.0 if HAS_LABELS else 0.0
         tl.store(state + 3, tl.exp2(-lost_1) + nothing)
         tl.store(state + 4, tl.where(full_end == 0, 0.0, 1.0))
-        for i in tl.static_range(5, PAIRS_STATE_WIDTH):
-            tl.store(state + i, 0.0)
+        # What the sums of other shards of the vocabulary are added to.
+        lse, lost = rounded_sum(reference, log2_z)
+        tl.store(state + 5, lse)
+        tl.store(state + 6, tl.exp2(-lost))
+        tl.store(state + 7, tl.exp2(-lost_1))
     else:  # nobody reads them, but an operator's output must not depend on what was there
         tl.store(log_q_row + pair, 0.0, mask=pair < k)
         tl.store(log_q_row + k, 0.0)
@@ -222,6 +227,23 @@ def _statistics(
                 reference_1 = 0.0
                 full_end = 0
     return reference, z, reference_1, z_1, log_z, tl.max(tops, axis=0), full_end
+
+
+@triton.jit
+def _largest(s_row, lead, end, top, full_end, STATS: tl.constexpr, BLOCK: tl.constexpr):
+    """The largest logit, which is -inf where all are, and +inf where any is NaN. `top` is known
+    with statistics; without them it is 0 for rows that have no base, of which nobody asks."""
+    largest = 0.0
+    if STATS:
+        largest = top
+    if full_end == 0:
+        columns = tl.arange(0, BLOCK)
+        best = tl.full((BLOCK,), float("-inf"), tl.float32)
+        for start in range(0, end, BLOCK):
+            s = load_edge(s_row, start + columns, lead, end)
+            best = tl.maximum(best, tl.where(s == s, s, float("inf")))
+        largest = tl.max(best, axis=0)
+    return largest
 
 
 @triton.jit

@@ -16,7 +16,7 @@ import triton.language as tl
 
 from . import layout
 from .arithmetic import LN2, LOG2E, rounded_sum
-from .blocks import row_offset, row_pointer, zero_row
+from .blocks import full_end_of, row_offset, row_pointer, zero_row
 from .cross_entropy import row_cross_entropy
 from .decoupled import label_apart
 from .divergence import row_divergence
@@ -89,7 +89,7 @@ def forward_kernel(
         if APART and not STATS:  # they are of all tokens
             apart = lead + label
         (
-            reference_t, z_t, reference_s, z_s, reference_1, z_1, slots, top, hidden,
+            reference_t, z_t, reference_s, z_s, reference_1, z_1, slots, top, _, hidden,
             forward_kl, reverse_kl, kept_p, kept_q, entropy_t, entropy_s, agreement, full_end,
         ) = row_statistics(
             t_row, s_row, lead, end_t, end_s, scale_t, gain_t, scale_s, gain_s, scale_1, apart,
@@ -146,7 +146,7 @@ def forward_kernel(
             others = forward_kl
             if STATS:
                 (
-                    reference_t, z_t, reference_s, z_s, reference_1, z_1, _, _, _,
+                    reference_t, z_t, reference_s, z_s, reference_1, z_1, _, _, _, _,
                     others, _, kept_p, _, _, _, _, full_end,
                 ) = row_statistics(
                     t_row, s_row, lead, end_t, end_s, scale_t, gain_t, scale_s, gain_s, scale_1,
@@ -200,7 +200,8 @@ def forward_kernel(
             of_terms = factor_s * LN2 * rate
             of_p, of_q = 0.0, 0.0
             if MOMENTS:
-                of_terms = -beta * LN2 * rate / total_x
+                # Where nothing is kept there is no weight.
+                of_terms = -beta * LN2 * rate / tl.where(total_x == 0.0, 1.0, total_x)
                 shift -= pivot
             elif HYBRID:
                 of_terms *= 1.0 - w
@@ -293,12 +294,7 @@ def backward_kernel(
         if HAS_LABELS:
             label = tl.load(labels_ptr + row).to(tl.int64)
         state = state_ptr + row * STATE_WIDTH
-        # The forward found its own blocks finite, which may have been narrower; if they were wider,
-        # several of these lie in its block 0, where anything may stand.
-        forward_block = tl.load(state + 5).to(tl.int32)
-        forward_end = tl.load(state + 4).to(tl.int32)
-        full_end = tl.where(forward_block <= BLOCK, forward_end * forward_block // BLOCK, 1)
-        full_end = tl.where(forward_end == 0, 0, tl.maximum(full_end, 1))
+        full_end = full_end_of(tl.load(state + 4), tl.load(state + 5), BLOCK)
         coefficients = ()
         for i in tl.static_range(COEFFICIENTS):
             coefficients = coefficients + (tl.load(state + FIRST_COEFFICIENT + i),)

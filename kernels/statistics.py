@@ -70,7 +70,7 @@ def row_statistics(
     S_ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """(reference_t, Z_t, reference_s, Z_s, reference_1, Z_1, slots [BLOCK], top, hidden,
+    """(reference_t, Z_t, reference_s, Z_s, reference_1, Z_1, slots [BLOCK], top, top_s, hidden,
     forward_kl, reverse_kl, kept_p, kept_q, entropy_t, entropy_s, agreement, full_end)
 
     Z is NaN where a side has no softmax, and 0 where it has nothing but the token apart. kept_p and
@@ -235,8 +235,9 @@ def row_statistics(
     if STATS:
         agreement = tl.where(top_both == top + top_s, 1.0, 0.0)
     return (
-        reference_t, z_t, reference_s, z_s, reference_1, z_1, slots, top, tl.maximum(hidden, 0.0),
-        forward_kl, reverse_kl, kept_p, kept_q, entropy_t, entropy_s, agreement, full_end,
+        reference_t, z_t, reference_s, z_s, reference_1, z_1, slots, top, top_s,
+        tl.maximum(hidden, 0.0), forward_kl, reverse_kl, kept_p, kept_q, entropy_t, entropy_s,
+        agreement, full_end,
     )  # fmt: skip
 
 
