@@ -5,8 +5,9 @@ The name is singular because torch.compile traces no file whose path has ``trito
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
+import torch
 from torch import Tensor
 
 from .divergences import (
@@ -21,9 +22,21 @@ from .divergences import (
     SumOfTerms,
     TwoKL,
 )
+from .kernels.layout import (
+    LARGEST_LOGIT,
+    SHARD_HEAD_WIDTH,
+    SHARD_PIVOTS,
+    SHARD_STATISTICS,
+    SHARD_SUMS,
+)
 from .pairs import BackendOfPairs
 from .rows import PairState, RowResult
+from .shard_maps import in_bits
 from .vocabulary import BackendOfVocabulary
+
+if TYPE_CHECKING:
+    from .shard_pairs import BackendOfShardedPairs
+    from .shards import BackendOfShards
 
 TRITON, TORCH = "triton", "torch"
 
@@ -101,6 +114,75 @@ class Backend(Protocol):
 
     def rescale(self, rows: Tensor, factor: Tensor) -> None:
         """rows [N, V] *= factor [N], in place."""
+
+
+class ShardSweeps(Protocol):
+    """The work of a backend on a shard of the vocabulary: the sums of its columns of every row.
+
+    Shape:
+        logits, valid and labels as for `Backend`; a label that is no token of the shard is -1.
+        A shard may have no columns, and nothing finite on a side: that is no error of the row.
+    """
+
+    def statistics(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        valid: Tensor | None,
+        labels: Tensor | None,
+        rule: Rule,
+        with_stats: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """([N, W] fp32, blocks): layout.SHARD_STATISTICS, and for `AdaptiveKL` what finds a head.
+
+        Rows that are not valid are 0. Columns that the rule does not need are anything finite.
+        Blocks [N, 2] fp32 are what the backend notes for `sums` and `gradient`."""
+
+    def masses(self, teacher: Tensor, rows: Tensor, asked: Tensor, rule: Rule) -> Tensor:
+        """[M, SHARD_PIVOTS + 2] fp32 of the rows [M] int64: the masses 2^(x - reference) at or
+        above each pivot, the largest logit below `high`, the smallest at or above `low`.
+
+        asked [M, SHARD_PIVOTS + 3] fp32: the pivots, which are logits, reference, low and high."""
+
+    def sums(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        valid: Tensor | None,
+        rule: Rule,
+        softmaxes: Tensor,
+        boundary: Tensor | None,
+        blocks: Tensor,
+        with_stats: bool,
+    ) -> Tensor:
+        """[N, 6] fp32: layout.SHARD_SUMS, which with the softmaxes of all shards are additive, but
+        for the last two of `DecoupledKL`, which are mean and variance of u - pivot.
+
+        softmaxes [N, 5] fp32: reference_t, z_t, reference_s, z_s, pivot; boundary [N, 3] fp32 of
+        `AdaptiveKL`: crossing, how many of this shard's ties are taken, how many there are."""
+
+    def gradient(
+        self,
+        upstream: Tensor,
+        student: Tensor,
+        teacher: Tensor,
+        valid: Tensor | None,
+        labels: Tensor | None,
+        state: Tensor,
+        rule: Rule,
+        gradient: Tensor,
+    ) -> None:
+        """Write upstream * dloss/dstudent into `gradient`, which may be the student, from the state
+        that `layout` describes, of the softmaxes of all shards."""
+
+    def pair_masses(self, state: PairState, rule: Rule) -> Tensor:
+        """[N, 3] fp64: log2 of the sums of e^logit over the shard that `Backend.pairs` has noted:
+        of all tokens, of those that are no pair, and of all tokens at T = 1; -inf where it has
+        none. Without labels the last is anything."""
+
+    def set_pair_masses(self, state: PairState, masses: Tensor, rule: Rule) -> None:
+        """Make the state that `Backend.pairs` has left for this shard one for its gradient, from
+        those of all tokens [N, 3]."""
 
 
 class Triton:
@@ -235,6 +317,128 @@ class Triton:
         launch.rescale(rows, factor)
 
 
+class TritonShards:
+    """`ShardSweeps` by the kernels."""
+
+    @staticmethod
+    def statistics(
+        student: Tensor,
+        teacher: Tensor,
+        valid: Tensor | None,
+        labels: Tensor | None,
+        rule: Rule,
+        with_stats: bool,
+    ) -> tuple[Tensor, Tensor]:
+        from .kernels import launch
+
+        divergence, n = rule.divergence, student.shape[0] * student.shape[1]
+        mu = divergence.mu if isinstance(divergence, AdaptiveKL) else None
+        width = len(SHARD_STATISTICS) + (0 if mu is None else SHARD_HEAD_WIDTH)
+        out = torch.empty(n, width, dtype=torch.float32, device=student.device)
+        blocks = out.new_empty(n, 2)
+        launch.shard_statistics(
+            student,
+            teacher,
+            valid,
+            labels,
+            out,
+            blocks,
+            mu=mu,
+            statistics=with_stats,
+            entropy=isinstance(divergence, EntropySwitch),
+            kls=wanted_kls(divergence, with_stats),
+            apart=isinstance(divergence, DKD),
+            **_maps(rule),
+        )
+        return out, blocks
+
+    @staticmethod
+    def masses(teacher: Tensor, rows: Tensor, asked: Tensor, rule: Rule) -> Tensor:
+        from .kernels import launch
+
+        out = asked.new_empty(asked.shape[0], SHARD_PIVOTS + 2)
+        launch.shard_masses(
+            teacher,
+            rows,
+            asked,
+            out,
+            temperature=rule.temperature,
+            teacher_softcap=rule.teacher_map.softcap,
+            teacher_logit_scale=rule.teacher_map.scale,
+        )
+        return out
+
+    @staticmethod
+    def sums(
+        student: Tensor,
+        teacher: Tensor,
+        valid: Tensor | None,
+        rule: Rule,
+        softmaxes: Tensor,
+        boundary: Tensor | None,
+        blocks: Tensor,
+        with_stats: bool,
+    ) -> Tensor:
+        from .kernels import launch
+
+        divergence = rule.divergence
+        out = softmaxes.new_empty(softmaxes.shape[0], len(SHARD_SUMS))
+        launch.shard_sums(
+            student,
+            teacher,
+            valid,
+            softmaxes,
+            boundary,
+            blocks,
+            out,
+            stable=isinstance(divergence, AdaptiveKL) and divergence.ties == "stable",
+            statistics=with_stats,
+            **_terms(divergence),
+            parts=_parts(divergence),
+            **_maps(rule),
+        )
+        return out
+
+    gradient = staticmethod(Triton.backward)
+
+    @staticmethod
+    def pair_masses(state: PairState, rule: Rule) -> Tensor:
+        lse_rest, of_rest, lse_1, _, has_reference, lse, of_all, of_1 = (
+            state.of_pairs.double().unbind(1)
+        )
+        largest = state.of_student[:, LARGEST_LOGIT]
+        masses = []
+        for lse_of, factor, temperature in (
+            (lse, of_all, rule.temperature),
+            (lse_rest, of_rest, rule.temperature),
+            (lse_1, of_1, 1.0),
+        ):
+            # A row that has a base has it in place of a reference: see blocks.py of the kernels.
+            base = in_bits(largest, rule.student_map, temperature)
+            mass = lse_of - factor.log2() + torch.where(has_reference == 0.0, base, 0.0)
+            masses.append(mass.masked_fill((factor == 0.0) | (largest == -torch.inf), -torch.inf))
+        return torch.stack(masses, 1)
+
+    @staticmethod
+    def set_pair_masses(state: PairState, masses: Tensor, rule: Rule) -> None:
+        lse, lse_rest, lse_1 = masses.unbind(1)
+        some = lse_rest != -torch.inf
+        lse_rest = lse_rest.where(some, lse)
+        # What each loses when it is rounded is a factor; no row has a base any more.
+        of_rest, of_1 = ((x.float() - x).exp2() for x in (lse_rest, lse_1))
+        columns = lse_rest, of_rest.where(some, 0.0), lse_1, of_1, torch.ones_like(lse)
+        state.of_pairs.zero_()[:, : len(columns)] = torch.stack(columns, 1)
+
+
+def wanted_kls(divergence: Divergence, with_stats: bool) -> tuple[bool, bool]:
+    """Whether a loss needs the forward KL of a row, and the reverse one."""
+    if with_stats:
+        return True, True
+    if isinstance(divergence, TwoKL):
+        return divergence.fixed_weight != 0.0, divergence.fixed_weight != 1.0
+    return isinstance(divergence, (LKHybrid, DecoupledKL)), False
+
+
 def _fixed_weight(divergence: Divergence) -> float | None:
     """w of the two KLs; None where each token has its own."""
     return divergence.fixed_weight if isinstance(divergence, TwoKL) else None
@@ -292,6 +496,15 @@ def backend_of(name: str) -> Backend:
     return eager
 
 
+def shard_sweeps_of(name: str) -> ShardSweeps:
+    """The same backend's work on a shard of the vocabulary."""
+    if name == TRITON:
+        return TritonShards()
+    from . import eager_shards
+
+    return eager_shards
+
+
 def losses_of(
     name: str, ids: Tensor | None, vocab_size: int | None
 ) -> Backend | BackendOfPairs | BackendOfVocabulary:
@@ -303,6 +516,21 @@ def losses_of(
     if vocab_size is None:
         return backend
     return BackendOfVocabulary(backend, vocab_size, of_pairs=ids is not None)
+
+
+def shard_losses_of(
+    name: str, ids: Tensor | None, vocab_size: int | None, shards: Tensor, group: str
+) -> BackendOfShards | BackendOfShardedPairs:
+    """The same where the vocabulary is sharded over a group, with the widths [R, 2] of the shards
+    of all its ranks."""
+    from .exchange import group_of
+    from .shard_pairs import BackendOfShardedPairs
+    from .shards import BackendOfShards, Shards
+
+    own = Shards.of(shards, group_of(group).rank(), vocab_size)
+    if ids is not None:
+        return BackendOfShardedPairs(name, own, group, ids)
+    return BackendOfShards(name, own, group)
 
 
 def triton_obstacle(device_type: str) -> str | None:

@@ -14,12 +14,14 @@ from .eager_chunks import (
     Chunk,
     Rows,
     below_maximum,
+    mapped,
     rate_of,
     softcap_slope,
 )
 from .eager_kls import entropy_of
 from .eager_labels import CrossEntropy, row_cross_entropy, tokens_of
-from .kernels.layout import ABSENT
+from .kernels.layout import ABSENT, LARGEST_LOGIT
+from .rows import PairState
 
 
 class Entries(NamedTuple):
@@ -27,7 +29,7 @@ class Entries(NamedTuple):
 
     log_q: Tensor  # [R, k + 1]
     state: tuple[Tensor, ...]  # each [R, 1]
-    of_student: tuple[Tensor, ...]  # each [R, 1], as in layout.OF_STUDENT
+    of_student: tuple[Tensor, ...]  # each [R, 1], as in layout.OF_STUDENT, and the largest logit
 
 
 class _Pairs(NamedTuple):
@@ -79,8 +81,8 @@ def entries_of_pairs(
     log_rest = z_rest.log()
     return Entries(
         torch.cat([log_q, log_rest - log_z], dim=-1),
-        (max_s, torch.where(z_rest == 0.0, log_z, log_rest) * LOG2_E, z_1),
-        (entropy, agreement, of_labels if cross_entropy else torch.zeros_like(z)),
+        (max_s, torch.where(z_rest == 0.0, log_z, log_rest) * LOG2_E, z_1, z, z_rest),
+        (entropy, agreement, of_labels if cross_entropy else torch.zeros_like(z), max_s),
     )
 
 
@@ -111,9 +113,39 @@ def gradient_of_pairs(
         softmax = y.mul_(LOG2_E * cross_entropy.unit).exp2_()
         ds.addcmul_(softmax, of_label / z_1)
         token, known = tokens_of(cross_entropy.labels, rows, student.shape[-1])
-        ds.scatter_add_(-1, token, -of_label.where(known, torch.nan))
+        # Where the label is no token at all, z_1 is NaN.
+        ds.scatter_add_(-1, token, -of_label.where(known, 0.0))
     ds.clamp_(-LARGEST, LARGEST)
     return ds.mul_(softcap_slope(student, rule.student_map)) if rule.student_map.softcap else ds
+
+
+def pair_masses(state: PairState, rule: Rule) -> Tensor:
+    """`backend.ShardSweeps.pair_masses`."""
+    max_s, _, z_1, z, z_rest = state.of_pairs[:, :5].double().unbind(1)
+    base, base_1 = _maxima(max_s, rule)
+    masses = torch.stack((base + z.log2(), base + z_rest.log2(), base_1 + z_1.log2()), 1)
+    nothing = state.of_student[:, LARGEST_LOGIT, None] == -torch.inf
+    return masses.masked_fill(nothing, -torch.inf)
+
+
+def set_pair_masses(state: PairState, masses: Tensor, rule: Rule) -> None:
+    """`backend.ShardSweeps.set_pair_masses`."""
+    max_s = state.of_pairs[:, 0].double()
+    max_s = max_s.masked_fill(max_s == -torch.inf, 0.0)  # any will do
+    lse, lse_rest, lse_1 = masses.unbind(1)
+    base, base_1 = _maxima(max_s, rule)
+    lse_rest = lse_rest.where(lse_rest != -torch.inf, lse) - base
+    # Which is 1 and more, but where any will do.
+    z_1 = (lse_1 - base_1).exp2().clamp(min=1.0)
+    state.of_pairs.zero_()[:, :3] = torch.stack((max_s, lse_rest, z_1), 1)
+
+
+def _maxima(max_s: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
+    """The largest logits [N] fp64 in bits, at T and at T = 1, as `below_maximum` takes them off."""
+    if rule.student_map.softcap is not None:
+        max_s = max_s.float()
+    logit = mapped(max_s, rule.student_map).double() * LOG2_E
+    return logit / rule.temperature, logit
 
 
 def _pairs(ids: Tensor, vocabulary: int) -> _Pairs:

@@ -30,7 +30,7 @@ from .eager_kls import Sums
 from .terms import LARGEST_DIFFERENCE, LARGEST_LOG, LARGEST_U
 
 
-class _Entries(NamedTuple):
+class Entries(NamedTuple):
     """What the terms of R rows are made of, for a run of the vocabulary; fp32."""
 
     p: Tensor  # each [R, W]
@@ -54,7 +54,7 @@ class TermsSlope(NamedTuple):
 
 def terms_divergence(
     chunk: Chunk, student: Tensor, teacher: Tensor, rule: Rule, q_weight: float
-) -> tuple[list[_Entries], Tensor, TermsSlope, Tensor]:
+) -> tuple[list[Entries], Tensor, TermsSlope, Tensor]:
     """The entries of R rows, their loss [R, 1], what their gradient needs, and g [R, V_s].
 
     q_weight is that of `kl_divergence`."""
@@ -90,7 +90,7 @@ def entries_of(
     z_s: Tensor,
     rule: Rule,
     careful: bool | None = None,
-) -> list[_Entries]:
+) -> list[Entries]:
     """The entries of R rows that both sides have, then those that one has alone, if any.
 
     `careful` says whether a logit may be -inf or beyond what is held; None: to be found out. They
@@ -120,7 +120,7 @@ def entries_of(
             log.clamp_(min=-LARGEST_LOG)
     p_both, q_both = p[:, :shared], q[:, :shared]
     logs = log_p[:, :shared], log_q[:, :shared]
-    entries = [_Entries(p_both, q_both, *logs, u, no_student, no_teacher)]
+    entries = [Entries(p_both, q_both, *logs, u, no_student, no_teacher)]
     for mass, log, logits in ((p, log_p, teacher), (q, log_q, student)):
         if mass.shape[-1] > shared:
             alone = [x[:, shared:] for x in (mass, log, logits)]
@@ -128,18 +128,18 @@ def entries_of(
     return entries
 
 
-def _one_sided(mass: Tensor, log: Tensor, logits: Tensor, *, of_teacher: bool) -> _Entries:
+def _one_sided(mass: Tensor, log: Tensor, logits: Tensor, *, of_teacher: bool) -> Entries:
     """Entries that only one side has."""
     forbidden = logits == -torch.inf
     no_mass, no_log = torch.zeros_like(mass), torch.full_like(mass, -LARGEST_LOG)
     u = torch.full_like(mass, LARGEST_U if of_teacher else -LARGEST_U).masked_fill_(forbidden, 0.0)
     nowhere = torch.ones_like(forbidden)
     if of_teacher:
-        return _Entries(mass, no_mass, log, no_log, u, nowhere, forbidden)
-    return _Entries(no_mass, mass, no_log, log, u, forbidden, nowhere)
+        return Entries(mass, no_mass, log, no_log, u, nowhere, forbidden)
+    return Entries(no_mass, mass, no_log, log, u, forbidden, nowhere)
 
 
-def sums_of_terms(entries: list[_Entries], v_s: int, rule: Rule) -> tuple[Tensor, Tensor]:
+def sums_of_terms(entries: list[Entries], v_s: int, rule: Rule) -> tuple[Tensor, Tensor]:
     """(sum of x [R, 1], g [R, V_s]), where entries whose limit is infinite are dropped."""
     divergence = rule.divergence
     if isinstance(divergence, DecoupledKL):
@@ -164,7 +164,7 @@ def sums_of_terms(entries: list[_Entries], v_s: int, rule: Rule) -> tuple[Tensor
     return torch.cat(of_x, dim=-1).sum(-1, keepdim=True), g
 
 
-def _spread(entry: _Entries, v_s: int, divergence: DecoupledKL) -> tuple[Tensor, Tensor]:
+def _spread(entry: Entries, v_s: int, divergence: DecoupledKL) -> tuple[Tensor, Tensor]:
     """(beta / 2 Var_w(u) [R, 1], g [R, V_s]), w proportional to p^kappa; g sums to 0."""
     _, _, log_p, _, u, no_student, no_teacher = entry
     w = torch.mul(log_p, divergence.kappa * LOG2_E).exp2_()
@@ -198,7 +198,7 @@ def _rest(share: Tensor, rule: Rule) -> Tensor | float:
     return 1.0 - share if isinstance(rule.divergence, LKHybrid) else 1.0
 
 
-def _forward_kl(entries: list[_Entries]) -> tuple[Tensor, Tensor]:
+def _forward_kl(entries: list[Entries]) -> tuple[Tensor, Tensor]:
     """Forward KL [R, 1], and the teacher's mass of the entries that it does not drop."""
     p, _, _, _, u, no_student, _ = entries[0]
     if no_student is not None:  # where the teacher's logit is -inf, p is 0
@@ -206,7 +206,7 @@ def _forward_kl(entries: list[_Entries]) -> tuple[Tensor, Tensor]:
     return (p * u).sum(-1, keepdim=True), p.sum(-1, keepdim=True)
 
 
-def mix_forward_kl(g: Tensor, entries: list[_Entries], share: Tensor, rule: Rule) -> None:
+def mix_forward_kl(g: Tensor, entries: list[Entries], share: Tensor, rule: Rule) -> None:
     """g of the terms [R, V_s] becomes that of the mixture with a share of the forward KL."""
     if not isinstance(rule.divergence, _MIXED):
         return
@@ -216,7 +216,7 @@ def mix_forward_kl(g: Tensor, entries: list[_Entries], share: Tensor, rule: Rule
     g[:, : p.shape[-1]].sub_(p * share)
 
 
-def terms_stats(entries: list[_Entries], loss: Tensor, share: Tensor, rule: Rule) -> Sums:
+def terms_stats(entries: list[Entries], loss: Tensor, share: Tensor, rule: Rule) -> Sums:
     """The statistics that need neither a head nor a weight; the others are NaN."""
     forward_kl, reverse_kl, gap = (torch.zeros_like(loss) for _ in range(3))
     for p, q, _, _, u, no_student, no_teacher in entries:

@@ -88,7 +88,8 @@ def as_rows(*logits: Tensor) -> list[Tensor]:
     logits = tuple(x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous() for x in logits)
     if any(x.dim() == 3 and not _merges(x) for x in logits):
         return list(logits)
-    return [x.reshape(1, -1, x.shape[-1]) for x in logits]
+    # Not -1: there may be no columns.
+    return [x.reshape(1, math.prod(x.shape[:-1]), x.shape[-1]) for x in logits]
 
 
 def _merges(x: Tensor) -> bool:

@@ -4,10 +4,10 @@
 
     loss = sum (x + g)      dloss/ds_j = (g_j - q_j G) / T      G = sum g
 
-This is all that the PyTorch backend knows of a divergence. Everything is fp32, elementwise and in
-nats. Phi is in normal form: it and its derivative are 0 at p = q, which adding c (p - q) arranges
-and which changes nothing, as p and q have the same sum. An error of the normalisers, which shifts
-every u alike, is then of second order.
+This is all that the PyTorch backend knows of a divergence. Everything is elementwise and in nats,
+in fp32, or in fp64 where the vocabulary is in shards. Phi is in normal form: it and its derivative
+are 0 at p = q, which adding c (p - q) arranges and which changes nothing, as p and q have the same
+sum. An error of the normalisers, which shifts every u alike, is then of second order.
 
 u = ln p - ln q is given because it is exact where the two are close. All five are finite. Where a
 logit is -inf, its probability is 0, its logarithm is `-LARGEST_LOG`, and u is `LARGEST_U` if it is
