@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
+from torch.distributed import distributed_c10d
 
 if TYPE_CHECKING:
     from .divergences import Rule
@@ -39,10 +40,10 @@ GATHER = (
 )
 
 
-def check_logits(student: Tensor, teacher: Tensor) -> None:
+def check_logits(student: Tensor, teacher: Tensor, sharded: bool = False) -> None:
     """Dtypes, devices and shapes of the two logits; the teacher must not ask for a gradient."""
-    check_vocabulary("student_logits", student)
-    check_vocabulary("teacher_logits", teacher)
+    check_vocabulary("student_logits", student, sharded)
+    check_vocabulary("teacher_logits", teacher, sharded)
     if student.shape[:-1] != teacher.shape[:-1]:
         raise ValueError(
             "teacher_logits: expected the leading dimensions of student_logits, "
@@ -52,12 +53,12 @@ def check_logits(student: Tensor, teacher: Tensor) -> None:
     check_teacher("teacher_logits", teacher)
 
 
-def check_vocabulary(name: str, logits: Tensor) -> None:
-    """Logits of at least one token, in a dtype that they may have."""
+def check_vocabulary(name: str, logits: Tensor, sharded: bool = False) -> None:
+    """Logits of at least one token, but for a shard, in a dtype that they may have."""
     check_tensor(name, logits)
     if logits.dtype not in LOGIT_DTYPES:
         raise TypeError(f"{name}: expected {_join(LOGIT_DTYPES)}, got {_describe(logits)}")
-    if logits.dim() == 0 or logits.shape[-1] == 0:
+    if logits.dim() == 0 or (logits.shape[-1] == 0 and not sharded):
         raise ValueError(f"{name}: expected [..., V] with V >= 1, got {_describe(logits)}")
 
 
@@ -166,6 +167,7 @@ def check_projection(
     bias: Tensor | None,
     student_hidden: Tensor,
     autocast: bool,
+    sharded: bool = False,
 ) -> None:
     """hidden @ weight^T + bias of one side can be computed where student_hidden is."""
     if weight is None:
@@ -180,7 +182,7 @@ def check_projection(
         check_tensor(name, tensor, GATHER)
         if tensor.dtype not in LOGIT_DTYPES:
             raise TypeError(f"{name}: expected {_join(LOGIT_DTYPES)}, got {_describe(tensor)}")
-        if name != f"{side}_hidden" and tensor.numel() == 0:
+        if name != f"{side}_hidden" and tensor.numel() == 0 and not sharded:
             raise ValueError(
                 f"{name}: expected the whole parameter, got {_describe(tensor)}, which is empty; "
                 f"{GATHER}"
@@ -484,6 +486,30 @@ def check_flag(name: str, value: object) -> bool:
     if not isinstance(value, bool):
         raise TypeError(f"{name}: expected True or False, got {type(value).__name__}")
     return value
+
+
+def check_group(name: str, group: object) -> str | None:
+    """A process group that this rank is in, as its name; None where it is alone in it."""
+    if group is None:
+        return None
+    if isinstance(group, str):
+        try:
+            group = distributed_c10d._resolve_process_group(group)  # type: ignore[attr-defined,arg-type]
+        except RuntimeError as error:
+            raise ValueError(
+                f"{name}: expected a process group or the name of one, got {group!r}"
+            ) from error
+    if not isinstance(group, distributed_c10d.ProcessGroup):
+        outside = group is distributed_c10d.GroupMember.NON_GROUP_MEMBER
+        raise TypeError(
+            f"{name}: expected a torch.distributed.ProcessGroup or the name of one, got "
+            f"{'one that this rank is not in' if outside else type_of(group)}"
+        )
+    return group.group_name if group.size() > 1 else None
+
+
+# torch.compiler.assume_constant_result sets this, too, but imports all of torch._dynamo.
+check_group._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def check_tensor(name: str, value: object, instead_of_dtensor: str = LOCAL) -> None:

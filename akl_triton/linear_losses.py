@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from . import checks
+from . import checks, sharding
 from .backend import resolve_backend
 from .divergences import (
     AdaptiveKL,
@@ -95,11 +95,13 @@ def linear_distillation_loss(
         of the lm_head, within the forward.
 
     Sharded parameters:
-        FSDP2 and ZeRO-3 hold parts of the weight, which are refused. Call the loss in the
-        ``forward`` of the module that owns the lm_head, and let that module gather it:
-        ``fully_shard(model)`` does for every parameter that no submodule of its own wraps (do not
-        wrap ``lm_head``); ZeRO-3 does after ``deepspeed.zero.register_external_parameter(model,
-        model.lm_head.weight)``. A frozen weight may also be passed as ``weight.full_tensor()``.
+        FSDP2 and ZeRO-3 hold parts of the weight, and these are refused: FSDP2's are DTensors as
+        those of a tensor-parallel lm_head are (docs/vocabulary_parallel.md), but the ranks have
+        other tokens. Call the loss in the ``forward`` of the module that owns the lm_head, and let
+        that module gather it: ``fully_shard(model)`` does for every parameter that no submodule of
+        its own wraps (do not wrap ``lm_head``); ZeRO-3 does after
+        ``deepspeed.zero.register_external_parameter(model, model.lm_head.weight)``. A frozen
+        weight may also be passed as ``weight.full_tensor()``.
 
     Shape:
         scalar, or that of labels for "none"; with ``return_stats`` the pair (loss, stats).
@@ -416,10 +418,16 @@ def _loss(
     rule = rule_of(divergence, options)
     reduction, shift = options["reduction"], options["shift"]
     chunk_bytes = options["chunk_bytes"]
+    sums_itself = sharding.is_dtensor(of_student[0])
+    if sharding.is_dtensor(of_student[1]) or sharding.is_dtensor(of_teacher[1]):
+        of_student, of_teacher = sharding.local_projections(of_student, of_teacher, options)
+        labels = sharding.local(labels)
+    group = cast("str | None", options["group"])
     student, student_weight, student_bias = of_student
     checks.check_tensor("student_hidden", student)
     autocast = _autocast_dtype(student.device.type)
-    checks.check_projection("student", *of_student, student, autocast is not None)
+    is_sharded = group is not None
+    checks.check_projection("student", *of_student, student, autocast is not None, is_sharded)
     teacher, teacher_weight, teacher_bias = of_teacher
     ids: Tensor | None = None
     if isinstance(teacher, SparseTeacher):
@@ -427,15 +435,14 @@ def _loss(
         rule, ids, entries = of_pairs("teacher_hidden", teacher, "student_hidden", student, rule)
         teacher = entries[0]
     else:
-        checks.check_projection("teacher", teacher, *of_teacher[1:], student, autocast is not None)
-    sides = Sides(*of_student, teacher, teacher_weight, teacher_bias, ids)
+        checks.check_projection(
+            "teacher", teacher, *of_teacher[1:], student, autocast is not None, is_sharded
+        )
+    if group is not None and not sums_itself:
+        student = sharding.summed_gradient(student, group)
+    sides = Sides(student, *of_student[1:], teacher, teacher_weight, teacher_bias, ids)
     of_tokens = labels, options["mask"], options["token_weights"]
     checks.check_tokens(*of_tokens, shift, student, of="student_hidden")
-    widths = {"student_weight": len(student_weight)}
-    if teacher_weight is not None:
-        widths["teacher_weight"] = len(teacher_weight)
-    vocabulary = checks.check_vocab_size(rule.vocab_size, widths)
-    checks.check_targets(labels, options["mask"], rule, options["ignore_index"], vocabulary)
     items = checks.check_num_items(options["num_items"], reduction, student, of="student_hidden")
     differentiable = torch.is_grad_enabled()
     plan = Plan(
@@ -449,6 +456,7 @@ def _loss(
         and student_bias is not None
         and checks.wants_gradient(student_bias),
         backend=resolve_backend(options["backend"], student.device.type),
+        group=group,
     )
     checks.check_chunk(plan.chunk_bytes, plan.bytes_per_row(sides))
     per_token = reduction == "none"
@@ -459,6 +467,15 @@ def _loss(
 
     tokens = student.shape[:-1]
     valid, targets, factor = rows_that_count(tokens, labels, rule, options, items)
+    widths = {"student_weight": len(student_weight)}
+    if teacher_weight is not None:
+        widths["teacher_weight"] = len(teacher_weight)
+    shards, vocabulary = sharding.shards_and_vocabulary(
+        group, rule, widths, student, teacher, (targets, valid, ids), options["token_weights"],
+        are_hidden=True, reduction=reduction, return_stats=return_stats,
+        chunk_bytes=plan.chunk_bytes,
+    )  # fmt: skip
+    checks.check_targets(labels, options["mask"], rule, options["ignore_index"], vocabulary)
     if ids is not None:
         checks.check_ids(ids, valid, vocabulary)
     rows = sides._replace(
@@ -468,7 +485,7 @@ def _loss(
     # Multiplied, not copied to the device: a copy would wait for it.
     scale = torch.ones((), dtype=torch.float32, device=student.device) * factor
     loss, stats, *_ = linear_divergence(
-        per_token, return_stats, *rows, valid, targets, scale, *plan, *rule.pack()
+        per_token, return_stats, *rows, valid, targets, shards, scale, *plan, *rule.pack()
     )
     if per_token:
         loss = loss.view(tokens)

@@ -12,6 +12,7 @@ again in backward: dW mixes the tokens before their upstream gradients are known
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -19,10 +20,11 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .backend import losses_of
+from .backend import losses_of, shard_losses_of
 from .divergences import RULE_SCHEMA, Rule
+from .exchange import Flight
 from .kernels.layout import STATISTICS
-from .rows import LARGEST_WRITTEN, blocks, damping, empty_result, power_of_two, room
+from .rows import LARGEST_WRITTEN, RowResult, blocks, damping, empty_result, power_of_two, room
 
 # The fp32 sum of dW, 8 V H bytes read and written once per chunk, should cost little compared with
 # the products, 8 V H flops a token or more. A chunk needs thousands of tokens where a machine does
@@ -71,13 +73,16 @@ class Plan(NamedTuple):
     weight_gradient: bool
     bias_gradient: bool
     backend: str
+    group: str | None = None  # over which the vocabulary is sharded
 
-    def bytes_per_row(self, sides: Sides) -> int:
-        """Bytes that the logits of one token take on both sides."""
-        student = sides.student_weight.shape[0] * self.student_dtype.itemsize
-        if sides.teacher_weight is None:
-            return student
-        return student + sides.teacher_weight.shape[0] * self.teacher_dtype.itemsize
+    def bytes_per_row(self, sides: Sides, shards: Tensor | None = None) -> int:
+        """Bytes that the logits of one token take on both sides, on the rank that has most."""
+        width_s = sides.student_weight.shape[0]
+        width_t = 0 if sides.teacher_weight is None else sides.teacher_weight.shape[0]
+        if shards is not None:  # chunks have to be the same on all ranks
+            width_s, of_teacher = shards.amax(0).tolist()
+            width_t = 0 if sides.teacher_weight is None else of_teacher
+        return width_s * self.student_dtype.itemsize + width_t * self.teacher_dtype.itemsize
 
     @property
     def damped(self) -> bool:
@@ -105,14 +110,15 @@ class Plan(NamedTuple):
 # left out of the CUDA graphs that torch.compile(mode="reduce-overhead") captures.
 WAITS = torch.Tag.cudagraph_unsafe
 
-# The last arguments of both operators: Sides, which tokens count, their labels, the factor of their
-# losses, Plan, Rule.
+# The last arguments of both operators: Sides, which tokens count, their labels, the widths of the
+# shards, the factor of their losses, Plan, Rule.
 _ARGUMENTS = f"""
     Tensor student_hidden, Tensor student_weight, Tensor? student_bias,
     Tensor teacher_hidden, Tensor? teacher_weight, Tensor? teacher_bias, Tensor? ids,
-    Tensor? valid, Tensor? labels, Tensor factor,
+    Tensor? valid, Tensor? labels, Tensor? shards, Tensor factor,
     ScalarType student_dtype, ScalarType teacher_dtype, ScalarType accum_dtype,
     SymInt chunk_bytes, bool hidden_gradient, bool weight_gradient, bool bias_gradient, str backend,
+    str? group,
     {RULE_SCHEMA}
 """
 
@@ -129,8 +135,9 @@ def linear_divergence(per_token, with_stats, *inputs):  # type: ignore[no-untype
 
     The gradients are [N, H_s], [V_s, H_s] and [V_s], or [0] where the forward pass gives none. In
     fp16 they still have to be multiplied by `_rests`; dampings [N] are [0] elsewhere."""
-    sides, valid, labels, factor, plan, rule = _unpack(inputs)
-    loss, *rest = _sweep(sides, valid, labels, factor, _now(plan, per_token), rule, with_stats)
+    sides, valid, labels, shards, factor, plan, rule = _unpack(inputs)
+    now = _now(plan, per_token)
+    loss, *rest = _sweep(sides, valid, labels, shards, factor, now, rule, with_stats)
     return (loss if per_token else loss.sum(), *rest)
 
 
@@ -183,7 +190,7 @@ def _empty_gradients(sides: Sides, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
 
 @linear_divergence.register_fake
 def _(per_token, with_stats, *inputs):  # type: ignore[no-untyped-def]
-    sides, _, _, _, plan, _ = _unpack(inputs)
+    sides, *_, plan, _ = _unpack(inputs)
     hidden = sides.student_hidden
     n = hidden.shape[0]
     loss = torch.empty((n,) if per_token else (), dtype=torch.float32, device=hidden.device)
@@ -197,7 +204,7 @@ def _(per_token, with_stats, *inputs):  # type: ignore[no-untyped-def]
 
 @linear_divergence_backward.register_fake
 def _(upstream, *inputs):  # type: ignore[no-untyped-def]
-    sides, _, _, _, plan, _ = _unpack(inputs)
+    sides, *_, plan, _ = _unpack(inputs)
     return _empty_gradients(sides, plan)
 
 
@@ -208,17 +215,18 @@ def _(x, factor, dtype):  # type: ignore[no-untyped-def]
 
 def _unpack(
     inputs: Sequence[Any],
-) -> tuple[Sides, Tensor | None, Tensor | None, Tensor, Plan, Rule]:
+) -> tuple[Sides, Tensor | None, Tensor | None, Tensor | None, Tensor, Plan, Rule]:
     """The arguments of `_ARGUMENTS`."""
-    end_of_sides = len(Sides._fields)
-    sides, (valid, labels, factor, *rest) = Sides(*inputs[:end_of_sides]), inputs[end_of_sides:]
+    sides, rest = Sides(*inputs[: len(Sides._fields)]), inputs[len(Sides._fields) :]
+    valid, labels, shards, factor, *rest = rest
     end_of_plan = len(Plan._fields)
-    return sides, valid, labels, factor, Plan(*rest[:end_of_plan]), Rule.unpack(*rest[end_of_plan:])
+    plan, rule = Plan(*rest[:end_of_plan]), Rule.unpack(*rest[end_of_plan:])
+    return sides, valid, labels, shards, factor, plan, rule
 
 
 def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
     per_token, _, *arguments = inputs
-    sides, valid, labels, factor, plan, rule = _unpack(arguments)
+    sides, valid, labels, shards, factor, plan, rule = _unpack(arguments)
     ctx.count = len(inputs)
     _, *rest = output
     ctx.mark_non_differentiable(*rest)
@@ -226,7 +234,7 @@ def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
     ctx.late = is_late(plan, per_token)
     ctx.options = plan, rule
     ctx.dtypes = [None if x is None else x.dtype for x in sides[:3]]
-    ctx.save_for_backward(factor, *(*sides, valid, labels) if ctx.late else rest[1:])
+    ctx.save_for_backward(factor, *(*sides, valid, labels, shards) if ctx.late else rest[1:])
 
 
 def _differentiate(ctx, upstream, *_):  # type: ignore[no-untyped-def]
@@ -267,10 +275,22 @@ def _base(factor: Tensor) -> Tensor:
 linear_divergence.register_autograd(_differentiate, setup_context=_save)
 
 
+class _Chunk(NamedTuple):
+    """A chunk of C tokens whose loss is under way."""
+
+    rows: Any  # slice, or indices [C]
+    hidden: Tensor  # [C, H_s]
+    logits: Tensor  # [C, V_s], and then their gradient
+    result: RowResult
+    buffers: tuple[Tensor, Tensor | None]  # of the logits of both sides
+    flight: Flight | None  # None: the loss is there
+
+
 def _sweep(
     sides: Sides,
     valid: Tensor | None,
     labels: Tensor | None,
+    shards: Tensor | None,
     factor: Tensor,
     plan: Plan,
     rule: Rule,
@@ -280,7 +300,10 @@ def _sweep(
     """(factor * loss [N], stats, dampings, gradients of upstream * that, summed).
 
     Where the upstream gradient is not known yet it is taken to be 1, and in fp16 the gradients lack
-    `_rests`: a power of two, so that they are rounded once if the loss scale is one, too."""
+    `_rests`: a power of two, so that they are rounded once if the loss scale is one, too.
+
+    With a group two chunks of half the size are under way: while the messages of one travel, the
+    products of the other are made."""
     student, teacher = sides.student_hidden, sides.teacher_hidden
     n, device = student.shape[0], student.device
     loss = torch.zeros(n, dtype=torch.float32, device=device)
@@ -291,19 +314,30 @@ def _sweep(
 
     counting = None if valid is None else valid.nonzero().flatten()
     count = n if counting is None else len(counting)
-    step = min(chunk_rows(plan.chunk_bytes, plan.bytes_per_row(sides)), count)
+    in_flight = 1 if shards is None else 2
+    step = min(chunk_rows(plan.chunk_bytes // in_flight, plan.bytes_per_row(sides, shards)), count)
+    step = max(step, min(count, 1))
     weight = sides.student_weight.to(plan.student_dtype)
-    logits = weight.new_empty(step, weight.shape[0])
-    teacher_weight, teacher_logits = sides.teacher_weight, None
+    teacher_weight = sides.teacher_weight
     if teacher_weight is not None:
         teacher_weight = teacher_weight.to(plan.teacher_dtype)
-        teacher_logits = teacher_weight.new_empty(step, teacher_weight.shape[0])
+    buffers = [
+        (
+            weight.new_empty(step, weight.shape[0]),
+            None if teacher_weight is None else teacher_weight.new_empty(step, len(teacher_weight)),
+        )
+        for _ in range(in_flight)
+    ]
     scale = factor.expand(n) if upstream is None else factor * upstream
     if damped:
         scale = scale * (plan.room(rule) / _base(factor))
-    for start in range(0, count, max(step, 1)):
+
+    def begin(start: int) -> _Chunk:
+        """The logits of a chunk, and its loss as far as that needs nobody else."""
         end = min(start + step, count)
         rows = slice(start, end) if counting is None else counting[start:end]
+        own = buffers.pop()
+        logits, teacher_logits = own
         h = student[rows].to(plan.student_dtype)
         s, t = logits[: end - start], teacher[rows]
         _project(h, weight, sides.student_bias, out=s)
@@ -312,17 +346,22 @@ def _sweep(
             _project(hidden, teacher_weight, sides.teacher_bias, out=t)
         ids = None if sides.ids is None else sides.ids[rows]
         result = empty_result(s[None], with_stats, ids)
-        losses_of(plan.backend, ids, rule.vocab_size).forward(
-            s[None],
-            t[None],
-            None,
-            None if labels is None else labels[rows],
-            rule,
-            result,
-            upstream=scale[rows] if plan.any_gradient else None,
-            gradient=s[None] if plan.any_gradient else None,
-            damped=damped,
-        )
+        arguments = s[None], t[None], None, None if labels is None else labels[rows], rule, result
+        options: dict[str, Any] = {
+            "upstream": scale[rows] if plan.any_gradient else None,
+            "gradient": s[None] if plan.any_gradient else None,
+            "damped": damped,
+        }
+        if shards is None or plan.group is None:
+            losses_of(plan.backend, ids, rule.vocab_size).forward(*arguments, **options)
+            return _Chunk(rows, h, s, result, own, None)
+        losses = shard_losses_of(plan.backend, ids, rule.vocab_size, shards, plan.group)
+        flight = Flight(losses.steps(*arguments, **options), plan.group)
+        return _Chunk(rows, h, s, result, own, flight)
+
+    def finish(chunk: _Chunk) -> None:
+        """What is made of the loss and of the gradient of the logits."""
+        rows, h, s, result, own, _ = chunk
         loss[rows] = (factor[rows] if factor.dim() else factor) * result.loss
         if with_stats:
             stats[rows] = result.stats
@@ -339,6 +378,17 @@ def _sweep(
             _add_product(d_weight, s, undamped)
         if plan.bias_gradient:
             _add_sum(d_bias, s, undamping)
+        buffers.append(own)
+
+    under_way: deque[_Chunk] = deque()
+    for start in range(0, count, max(step, 1)):
+        under_way.append(begin(start))
+        while len(under_way) == in_flight or (under_way and start + step >= count):
+            chunk = under_way.popleft()
+            if chunk.flight is not None and chunk.flight.advance():
+                under_way.append(chunk)
+            else:
+                finish(chunk)
     return loss, stats, dampings, d_hidden, d_weight, d_bias
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from . import checks, ops
+from . import checks, ops, shard_ops, sharding
 from .backend import resolve_backend
 from .divergences import (
     AdaptiveKL,
@@ -392,18 +392,17 @@ def _loss(
     checks.check_flag("return_stats", return_stats)
     rule = rule_of(divergence, options)
     inplace, reduction, shift = options["inplace"], options["reduction"], options["shift"]
+    if sharding.is_dtensor(student) or sharding.is_dtensor(teacher):
+        student, teacher = sharding.local_logits(student, teacher, options)
+        labels = sharding.local(labels)
+    group = cast("str | None", options["group"])
     ids: Tensor | None = None
     if isinstance(teacher, SparseTeacher):
-        checks.check_vocabulary("student_logits", student)
+        checks.check_vocabulary("student_logits", student, sharded=group is not None)
         rule, ids, teacher = of_pairs("teacher_logits", teacher, "student_logits", student, rule)
     else:
-        checks.check_logits(student, teacher)
+        checks.check_logits(student, teacher, sharded=group is not None)
     checks.check_tokens(labels, options["mask"], options["token_weights"], shift, student)
-    widths = {"student_logits": student.shape[-1]}
-    if ids is None:
-        widths["teacher_logits"] = teacher.shape[-1]
-    vocabulary = checks.check_vocab_size(rule.vocab_size, widths)
-    checks.check_targets(labels, options["mask"], rule, options["ignore_index"], vocabulary)
     items = checks.check_num_items(options["num_items"], reduction, student)
     wants_gradient = student.requires_grad and torch.is_grad_enabled()
     if inplace:
@@ -414,19 +413,32 @@ def _loss(
 
     tokens = student.shape[:-1]
     valid, targets, factor = rows_that_count(tokens, labels, rule, options, items)
+    widths = {"student_logits": student.shape[-1]}
+    if ids is None:
+        widths["teacher_logits"] = teacher.shape[-1]
+    shards, vocabulary = sharding.shards_and_vocabulary(
+        group, rule, widths, student, teacher, (targets, valid, ids), options["token_weights"],
+        reduction=reduction, return_stats=return_stats,
+    )  # fmt: skip
+    checks.check_targets(labels, options["mask"], rule, options["ignore_index"], vocabulary)
     if ids is not None:
         checks.check_ids(ids, valid, vocabulary)
     rows_s, rows_t = as_rows(student, teacher) if ids is None else (*as_rows(student), teacher)
+    inputs: tuple[Tensor | None, ...] = rows_t, ids, valid, targets
+    own: tuple[str | None, ...] = (backend,)
+    operator, with_gradient = ops.divergence, ops.divergence_with_gradient
+    if shards is not None:
+        inputs, own = (*inputs, shards), (backend, group)
+        operator = shard_ops.shard_divergence
+        with_gradient = shard_ops.shard_divergence_with_gradient
     if inplace and wants_gradient:
         # Multiplied, not copied to the device: a copy would wait for it.
         scale = torch.ones((), dtype=torch.float32, device=student.device) * factor
         loss, stats = ops.InPlaceDivergence.apply(  # type: ignore[no-untyped-call]
-            rows_s, rows_t, ids, valid, targets, scale, rule, return_stats, backend
+            with_gradient, inputs, scale, rule, return_stats, own, rows_s
         )
     else:
-        loss, _, stats = ops.divergence(
-            rows_s, rows_t, ids, valid, targets, return_stats, backend, *rule.pack()
-        )
+        loss, _, stats = operator(rows_s, *inputs, return_stats, *own, *rule.pack())
         loss = loss * factor
     loss = loss.view(tokens) if reduction == "none" else loss.sum()
     return (loss, stats_of(stats, tokens)) if return_stats else loss

@@ -146,7 +146,9 @@ class InPlaceDivergence(torch.autograd.Function):
     one: the gradient is rounded once."""
 
     @staticmethod
-    def forward(ctx, student, teacher, ids, valid, labels, factor, rule, with_stats, backend):  # type: ignore[no-untyped-def]
+    def forward(ctx, with_gradient, tensors, factor, rule, with_stats, options, student):  # type: ignore[no-untyped-def]
+        """`with_gradient` is the operator that is called with the student, these tensors and
+        options, the first of which is the backend."""
         damped = student.dtype == torch.float16
         scale, rest = factor, None  # what the gradient has of the factor, and what it lacks
         if damped:
@@ -155,15 +157,14 @@ class InPlaceDivergence(torch.autograd.Function):
             rest = rest / room(rule.bound, LARGEST_WRITTEN)
             scale = factor / rest
         n = student.shape[0] * student.shape[1]
-        loss, stats = divergence_with_gradient(
-            *(student, teacher, ids, valid, labels, scale.expand(n), damped, with_stats, backend),
-            *rule.pack(),
+        loss, stats = with_gradient(
+            student, *tensors, scale.expand(n), damped, with_stats, *options, *rule.pack()
         )
         if rest is not None:
             rest = rest * damping(loss)
         ctx.mark_non_differentiable(stats)
         ctx.save_for_backward(student, rest)
-        ctx.backend = backend
+        ctx.backend = options[0]
         return loss * factor, stats
 
     @staticmethod
@@ -174,4 +175,4 @@ class InPlaceDivergence(torch.autograd.Function):
         gradient = gradient.detach()
         factor = upstream if rest is None else upstream * rest
         rescale(gradient.view(-1, gradient.shape[-1]), factor, ctx.backend)
-        return gradient, *[None] * 8
+        return *[None] * 6, gradient

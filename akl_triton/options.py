@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, NamedTuple, TypeAlias, TypeVar, get_
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from typing_extensions import TypedDict
 
 from . import checks
@@ -150,6 +151,17 @@ class CommonOptions(SharedOptions, total=False):
         ),
     ]
     teacher_logit_scale: Annotated[float, Option(1.0, "the same of the teacher", _positive)]
+    group: Annotated[
+        ProcessGroup | str | None,
+        Option(
+            None,
+            "the process group over which the vocabulary is sharded, or its name: each rank passes "
+            "its own columns of both sides, in the order of the ranks, and has the whole loss and "
+            "the gradient of its columns. All ranks make the same call. DTensors bring their group "
+            "along: see docs/vocabulary_parallel.md",
+            checks.check_group,
+        ),
+    ]
 
 
 class LossOptions(CommonOptions, total=False):

@@ -403,8 +403,16 @@ def test_a_fixed_weight_knows_no_head() -> None:
 
 
 @pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
-@pytest.mark.parametrize("name", ["student_logits", "teacher_logits", "labels"])
-def test_dtensor(name: str) -> None:
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("teacher_logits", "student_logits: expected a DTensor, as teacher_logits is one"),
+        ("labels", "labels: expected a plain tensor, got a DTensor"),
+        ("mask", "mask: expected a plain tensor, got a DTensor"),
+    ],
+)
+def test_dtensor(name: str, message: str) -> None:
+    """Next to plain logits; what becomes of DTensors is in test_vocabulary_parallel.py."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Replicate, distribute_tensor
 
@@ -415,10 +423,11 @@ def test_dtensor(name: str) -> None:
             "student_logits": computed(),
             "teacher_logits": TEACHER,
             "labels": LABELS,
+            "mask": torch.ones_like(LABELS, dtype=torch.bool),
         }
         mesh = init_device_mesh("cpu", (1,))
         arguments[name] = distribute_tensor(arguments[name].detach(), mesh, [Replicate()])
-        with pytest.raises(TypeError, match=rf"^{name}: expected a plain tensor, got a DTensor"):
+        with pytest.raises(TypeError, match=rf"^{message}"):
             adaptive_kl(**arguments)
     finally:
         dist.destroy_process_group()

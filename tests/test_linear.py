@@ -699,11 +699,11 @@ def test_opcheck(backend, device, per_token):
     calls: list[tuple[Any, tuple[Any, ...]]] = [
         (
             linear_ops.linear_divergence,
-            (per_token, per_token, *leaves, valid, labels, factor, *plan, *rule),
+            (per_token, per_token, *leaves, valid, labels, None, factor, *plan, *rule),
         ),
         (
             linear_ops.linear_divergence_backward,
-            (upstream, *flat, valid, labels, factor, *plan, *rule),
+            (upstream, *flat, valid, labels, None, factor, *plan, *rule),
         ),
         (linear_ops.scaled, (flat[0], upstream if per_token else upstream[1], BF16)),
     ]
@@ -763,7 +763,8 @@ def train_in_parallel(rank: int, port: int, folder: str) -> None:
         "DDP": {name: p.grad for name, p in replicated.module.named_parameters()},
         "FSDP2": {name: p.grad.full_tensor() for name, p in sharded.named_parameters()},
     }
-    with pytest.raises(TypeError, match="student_weight: expected a plain tensor, got a DTensor"):
+    # A DTensor as that of a tensor-parallel lm_head is.
+    with pytest.raises(ValueError, match="student_hidden: expected the same tokens on all ranks"):
         linear_adaptive_kl(inputs[0], sharded.lm_head.weight, *inputs[1:])
     torch.save(gradients, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
@@ -967,7 +968,7 @@ def test_bad_input(what, projected):
 
 
 @pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
-def test_a_sharded_weight_is_to_be_gathered():
+def test_a_weight_of_which_one_rank_has_all_is_whole():
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Shard, distribute_tensor
 
@@ -976,8 +977,13 @@ def test_a_sharded_weight_is_to_be_gathered():
     try:
         mesh = init_device_mesh("cpu", (1,))
         weight = distribute_tensor(GOOD.student_weight.detach(), mesh, [Shard(0)])
-        arguments = GOOD._asdict() | {"student_weight": weight}
-        with pytest.raises(TypeError, match=r"^student_weight: .*got a DTensor; gather it: call"):
-            linear_adaptive_kl(**arguments)
+        arguments = GOOD._asdict()
+        assert torch.equal(
+            linear_adaptive_kl(**arguments | {"student_weight": weight}),
+            linear_adaptive_kl(**arguments),
+        )
+        hidden = distribute_tensor(GOOD.student_hidden.detach(), mesh, [Shard(0)])
+        with pytest.raises(TypeError, match=r"^student_hidden: .*got a DTensor"):
+            linear_adaptive_kl(**arguments | {"student_hidden": hidden})
     finally:
         dist.destroy_process_group()
