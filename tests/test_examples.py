@@ -6,6 +6,7 @@ load; nothing but the loader is replaced.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import math
@@ -44,9 +45,12 @@ OF_SMOLLM2 = {
     "trl_gkd": "trl",
     "trl_on_policy": "trl",
 }
-# Those that print other figures than one before and one after training; the last two are run by
-# tests/test_recipes.py.
-OTHERS = {"distributed", "kl_penalty", "context_parallel", "vocabulary_shards"}
+# Those that print other figures than one before and one after training; the last three are run by
+# tests/test_recipes.py and tests/test_docs_vocabulary_parallel.py.
+OTHERS = {
+    *("distributed", "tensor_parallel", "kl_penalty"),
+    *("context_parallel", "vocabulary_shards", "vocabulary_parallel"),
+}
 
 Run = Callable[..., str]
 
@@ -158,8 +162,16 @@ def test_the_penalty_keeps_the_policy_near(run: Run, tiny: None) -> None:
     assert 0.0 < with_penalty[1] < without[1]
 
 
+# What is run in two processes, as `run_example` is called.
+IN_PROCESSES = {
+    "ddp": ("distributed", "--steps", "2", "--strategy", "ddp"),
+    "fsdp2": ("distributed", "--steps", "2", "--strategy", "fsdp2"),
+    "tensor": ("tensor_parallel", "--steps", "2"),
+}
+
+
 def train_distributed(rank: int, ports: dict[str, int], folder: str) -> None:
-    """Both strategies in turn, in a process as torchrun starts it."""
+    """One after the other, in a process as torchrun starts it."""
     torch.set_num_threads(1)
     smollm2.load_teacher = tiny_smollm2.load_teacher
     os.environ.update(
@@ -170,24 +182,31 @@ def train_distributed(rank: int, ports: dict[str, int], folder: str) -> None:
         CUDA_VISIBLE_DEVICES="",
     )
     # One for each: a store that is closed and opened anew on the same port may hang.
-    for strategy, port in ports.items():
+    for name, port in ports.items():
         os.environ["MASTER_PORT"] = str(port)
-        with Path(folder, f"{strategy}, {rank}").open("w") as sys.stdout:
-            run_example("distributed", "--steps", "2", "--strategy", strategy)
+        with Path(folder, f"{name}, {rank}").open("w") as sys.stdout:
+            run_example(*IN_PROCESSES[name])
 
 
 def test_distributed(tmp_path: Path) -> None:
-    with socket.socket() as one, socket.socket() as other:
-        one.bind(("127.0.0.1", 0))
-        other.bind(("127.0.0.1", 0))
-        ports = {"ddp": one.getsockname()[1], "fsdp2": other.getsockname()[1]}
+    with contextlib.ExitStack() as stack:
+        sockets = {name: stack.enter_context(socket.socket()) for name in IN_PROCESSES}
+        for each in sockets.values():
+            each.bind(("127.0.0.1", 0))
+        ports = {name: each.getsockname()[1] for name, each in sockets.items()}
     torch.multiprocessing.spawn(  # type: ignore[attr-defined]
         train_distributed, args=(ports, str(tmp_path)), nprocs=2
     )
     ddp, fsdp2 = (before_and_after((tmp_path / f"{x}, 0").read_text()) for x in ("ddp", "fsdp2"))
     assert 0.0 < ddp[1] < ddp[0]
     assert fsdp2 == pytest.approx(ddp, abs=2e-4)
-    assert all((tmp_path / f"{x}, 1").read_text() == "" for x in ("ddp", "fsdp2"))
+    tensor = (tmp_path / "tensor, 0").read_text()
+    before, after = before_and_after(tensor)
+    assert 0.0 < after < before
+    assert f"models whole: forward KL {before:.4f}\n" in tensor
+    size, rows = (int(x) for x in re.findall(r"\[(\d+), 32\]", tensor))
+    assert 2 * rows - size in (0, 1)
+    assert all((tmp_path / f"{x}, 1").read_text() == "" for x in IN_PROCESSES)
 
 
 def test_every_example_is_run_and_listed() -> None:

@@ -120,8 +120,7 @@ class AutoModelLoss(_Criterion):
         logits ``[..., V]`` and labels ``[...]`` that were shifted; a scalar.
 
     Raises:
-        TypeError, ValueError: as `distillation_loss`. DTensor is refused: tensor parallelism must
-            not shard the logits.
+        TypeError, ValueError: as `distillation_loss`, which takes logits that are DTensors, too.
 
     Example:
         >>> import torch

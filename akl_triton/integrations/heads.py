@@ -8,6 +8,11 @@ those of the lm_head would be.
 
 What becomes of x is not read from the configuration, where each family of models has a name of its
 own for it: the model is run with known numbers in place of x, and its logits show the map.
+
+Tensor parallelism cuts the weight over its rows. It is a DTensor, Shard(0), also within the
+forward, and hidden states next to it are made DTensors if they are not. How x lies on the ranks,
+whole or by its columns, a DTensor or not, is not read from the parallel style either: the output of
+the head shows it.
 """
 
 from __future__ import annotations
@@ -26,6 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..checks import LOGIT_DTYPES, type_of
+from ..sharding import is_dtensor
 
 Kind: TypeAlias = Literal["linear", "lora", "modules_to_save"]
 HeadFunction: TypeAlias = Callable[[Tensor, Tensor, "Tensor | None"], Any]
@@ -33,7 +39,8 @@ HeadFunction: TypeAlias = Callable[[Tensor, Tensor, "Tensor | None"], Any]
 # The numbers in place of x are powers of two: no softcap bends the smallest, so that they show the
 # scale, and the largest reach it.
 _SMALLEST, _LARGEST = -20, 30
-_TOKENS = range(5, 13)  # in most vocabularies the first few are special
+# In most vocabularies the first few are special.
+_FIRST_TOKEN, _TOKENS = 5, 8
 # The largest error of the logits, relative to the largest logit: rounding alone, for x is computed
 # with the sums of the model in another order, and then mapped in fp32.
 _TOLERANCE = 1e-5
@@ -85,7 +92,8 @@ def describe_model(model: nn.Module, input_ids: Tensor | None = None) -> HeadInf
 
     Args:
         model: a causal language model of transformers, also within PEFT, DistributedDataParallel
-            or torch.compile, or after ``fully_shard`` (then on every rank).
+            or torch.compile, or after ``fully_shard``, or tensor parallel with an lm_head that is
+            column-parallel (then on every rank).
         input_ids: ``[B, L]``, tokens that the model can be run on; by default eight of its first.
 
     Dtype:
@@ -95,7 +103,8 @@ def describe_model(model: nn.Module, input_ids: Tensor | None = None) -> HeadInf
         TypeError: not such a model.
         ValueError: a loss cannot be computed in the place of its lm_head, and the message says
             why: the head is quantised, or not linear, or called more than once; prompt learning
-            adds tokens; it is an encoder-decoder; the logits are another function of x.
+            adds tokens; it is an encoder-decoder; the logits are another function of x; the head
+            is sharded otherwise than over its rows, or an adapter is on one that is sharded.
 
     Example:
         >>> from transformers import Gemma2Config, Gemma2ForCausalLM
@@ -122,7 +131,8 @@ def in_place_of_head(model: nn.Module, function: HeadFunction) -> Iterator[None]
     Args:
         model: as for `describe_model`.
         function: of hidden ``[..., H]``, weight ``[V, H]`` and bias ``[V]`` or None. An active
-            LoRA of rank r on the lm_head adds r to H on both.
+            LoRA of rank r on the lm_head adds r to H on both. Where the lm_head is tensor parallel
+            all of them are DTensors.
 
     Raises:
         TypeError, ValueError: as `describe_model`; a call of the model raises ValueError where it
@@ -152,45 +162,62 @@ class Found(NamedTuple):
     kind: Kind
 
 
-# The head that a model had when it was described, and what was found.
-_DESCRIBED: WeakKeyDictionary[nn.Module, tuple[ref[nn.Module], HeadInfo]] = WeakKeyDictionary()
+class _Described(NamedTuple):
+    head: ref[nn.Module]  # that the model had then
+    layouts: set[object]  # of its weight: FSDP2 leaves it whole, and shards it again
+    info: HeadInfo
+
+
+_DESCRIBED: WeakKeyDictionary[nn.Module, _Described] = WeakKeyDictionary()
 
 
 def described(model: nn.Module, argument: str) -> tuple[Found, HeadInfo]:
-    """The parts of a model, and what `describe` found when it had that head."""
+    """The parts of a model, and what `describe` found when it had that head, sharded like that."""
     found = find(model, argument)
-    head, info = _DESCRIBED.get(found.base, (None, None))
-    if head is None or info is None or head() is not found.head:
-        info = describe(model, None, argument)
-    return found, info
+    known = _DESCRIBED.get(found.base)
+    if known is None or known.head() is not found.head:
+        return found, describe(model, None, argument)
+    if _layout_of(found.linear.weight) not in known.layouts:
+        return found, describe(model, None, argument)
+    return found, known.info
 
 
 def describe(model: nn.Module, input_ids: Tensor | None, argument: str) -> HeadInfo:
     """`describe_model` for another function, whose `argument` the model is."""
     found = find(model, argument)
     base, head = found.base, found.head
+    layouts = {_layout_of(found.linear.weight)}
     if input_ids is None:
         input_ids = _some_tokens(base, found.linear)
     called = _unwrapped(model)
     forward = getattr(head, _computing(head))
+    observed: list[tuple[Tensor, Tensor]] = []  # x by us and by the head
+    returned: list[Tensor] = []  # by the head, whose hooks may lay x out anew
     probes: list[Tensor] = []
-    outputs: list[Tensor] = []
+    refusals: list[ValueError] = []
 
-    def probe(hidden: Tensor) -> Tensor:
-        _, weight, _ = as_linear(found, hidden)
-        probes.append(_powers(hidden, len(weight)))
-        return probes[-1]
+    def observe(hidden: Tensor) -> Tensor:
+        try:
+            x = F.linear(*as_linear(found, hidden, argument))
+        except ValueError as error:
+            refusals.append(error)
+            raise
+        output: Tensor = forward(hidden)
+        observed.append((x, output))
+        return output
 
-    def observe(hidden: Tensor) -> Any:
-        outputs.append(F.linear(*as_linear(found, hidden)))
-        return forward(hidden)
+    def probe(hidden: Tensor) -> Any:
+        probes.append(_powers(ours))
+        return of_head.lay_out(probes[-1])
 
-    def run(at_head: Callable[[Tensor], Any], calls: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """(x, logits), with x as the head gave it."""
+    def run(at_head: Callable[[Tensor], Any], calls: list[Any]) -> Tensor:
+        """The logits of the model."""
         with _evaluated(called), torch.no_grad(), _replaced(head, _computing(head), at_head):
             try:
                 result = called(input_ids=input_ids, **without_cache(base))
             except Exception as error:
+                if error in refusals:
+                    raise
                 raise ValueError(
                     f"{argument}: expected a model that runs on input_ids {list(input_ids.shape)} "
                     f"alone, or describe_model(model, input_ids) with tokens that it takes, got "
@@ -198,23 +225,34 @@ def describe(model: nn.Module, input_ids: Tensor | None, argument: str) -> HeadI
                 ) from error
         if len(calls) != 1:
             refuse_calls(found, len(calls), argument)
-        return calls[0], result[0] if isinstance(result, tuple) else result.logits
+        logits: Tensor = result[0] if isinstance(result, tuple) else result.logits
+        return logits
 
-    scale, softcap = _map_of(*run(probe, probes), found, argument)
-    x, logits = run(observe, outputs)
+    hook = head.register_forward_hook(lambda _, inputs, output: returned.append(output))
+    try:
+        logits = run(observe, observed)
+    finally:
+        hook.remove()
+    x, output = observed[0]
+    of_head = _layout(output, x, found, argument)
+    of_model = _layout(returned[0] if returned else output, x, found, argument)
+    ours, theirs = _whole(x), of_model.gather(logits, found, argument)
+    mapped = of_model.gather(run(probe, probes), found, argument)
+    scale, softcap = _map_of(probes[0], mapped, found, argument)
     info = HeadInfo(
         name=found.name,
         kind=found.kind,
-        vocab_size=logits.shape[-1],
+        vocab_size=theirs.shape[-1],
         hidden_size=found.linear.weight.shape[1],
         bias=found.linear.bias is not None,
         tied=_weight_of(base.get_input_embeddings()) is found.linear.weight,
         dtype=found.linear.weight.dtype,
         scale=scale,
         softcap=softcap,
-        error=_error(x, logits, scale, softcap, found, argument),
+        error=_error(ours, theirs, scale, softcap, found, argument),
     )
-    _DESCRIBED[base] = ref(head), info
+    layouts.add(_layout_of(found.linear.weight))
+    _DESCRIBED[base] = _Described(ref(head), layouts, info)
     return info
 
 
@@ -234,7 +272,7 @@ def in_place_of(model: nn.Module, function: HeadFunction, argument: str) -> Iter
                 f"{argument}: expected a call of {found.name} with hidden states alone, got also "
                 f"{', '.join(options) or len(others)}"
             )
-        results.append(function(*as_linear(found, hidden)))
+        results.append(function(*as_linear(found, hidden, argument)))
         return hidden.new_zeros(*hidden.shape[:-1], 1)  # what follows maps it, and is dropped
 
     def redirected(*args: Any, **kwargs: Any) -> Any:
@@ -290,19 +328,31 @@ def innermost(model: nn.Module, argument: str) -> Any:
     return inner
 
 
-def as_linear(found: Found, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+def as_linear(found: Found, hidden: Tensor, argument: str) -> tuple[Tensor, Tensor, Tensor | None]:
     """(hidden, weight, bias) whose product is the output of the head.
 
     An active adapter of LoRA adds columns: ``scaling A dropout(hidden)`` to the hidden states, B to
-    the weight. Their product is summed as PEFT does, which a bf16 weight plus B A would round."""
+    the weight. Their product is summed as PEFT does, which a bf16 weight plus B A would round.
+
+    Where the weight is a DTensor here, within the forward, so are hidden states, whole on every
+    rank. What the model passes is plain and on all ranks, or a DTensor, which may have some tokens
+    on each."""
     head: Any = found.head
-    weight, bias = found.linear.weight, found.linear.bias
+    weight: Any = found.linear.weight
+    bias = found.linear.bias
+    if is_dtensor(weight):
+        _check_columns(found, weight, argument)
+        hidden = _replicated(hidden, weight)
+    elif 0 < len(weight) < found.linear.out_features:
+        _refuse_sharding(found, f"{len(weight)} of {found.linear.out_features} rows", argument)
     if found.kind != "lora":
         return hidden, weight, bias
     if head.disable_adapters and head.merged:
         head.unmerge()  # as its own forward does
     if head.disable_adapters or head.merged:
         return hidden, weight, bias
+    if is_dtensor(weight):
+        _refuse_sharding(found, f"{weight.placements} with an adapter of LoRA", argument)
     hiddens, weights = [hidden], [weight]
     for name in head.active_adapters:
         if name in head.lora_A:
@@ -314,6 +364,37 @@ def as_linear(found: Found, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | No
                 of_adapter = (b.bias * scaling).to(weight.dtype)
                 bias = of_adapter if bias is None else bias + of_adapter
     return torch.cat(hiddens, -1), torch.cat(weights, -1), bias
+
+
+def _check_columns(found: Found, weight: Any, argument: str) -> None:
+    """Tensor parallelism has cut the weight over its rows, in one dimension of the mesh."""
+    from torch.distributed.tensor import Shard
+
+    # By their type: what FSDP2 makes of rows that are sharded twice is a Shard, too.
+    rows = [p for p in weight.placements if type(p) is Shard and p.dim == 0]
+    others = [p for p in weight.placements if p not in rows]
+    if len(rows) != 1 or not all(p.is_replicate() for p in others):
+        _refuse_sharding(found, weight.placements, argument)
+
+
+def _refuse_sharding(found: Found, how: object, argument: str) -> NoReturn:
+    raise ValueError(
+        f"{argument}: expected an lm_head whose weight is whole within the forward, or a DTensor "
+        "that is sharded over its rows, Shard(0), in one mesh dimension, as ColwiseParallel makes "
+        f"it, without adapters, got {how} of {found.name} of {type(found.base).__name__}"
+    )
+
+
+def _replicated(hidden: Any, weight: Any) -> Tensor:
+    """Hidden states whole on all ranks that have rows of the weight, as a DTensor."""
+    from torch.distributed.tensor import DTensor, Replicate
+
+    whole = [Replicate()] * weight.device_mesh.ndim
+    if not is_dtensor(hidden):
+        # Each rank's gradient is by its own columns: the sum is what it passes on.
+        return DTensor.from_local(hidden, weight.device_mesh, whole, run_check=False)
+    replicated: Tensor = hidden.redistribute(placements=whole)
+    return replicated
 
 
 def without_cache(base: nn.Module) -> dict[str, Any]:
@@ -358,15 +439,9 @@ def _linear_of(head: Any) -> tuple[Any, Kind]:
     return head, "linear"
 
 
-def is_sharded(weight: object) -> bool:
-    """Whether a parameter is whole only within the forward of the model."""
-    distributed = sys.modules.get("torch.distributed.tensor")
-    return distributed is not None and isinstance(weight, distributed.DTensor)
-
-
 def _is_plain(weight: Any) -> bool:
     """A tensor that products can be computed with: a class of its own stands for quantised data."""
-    plain = type(weight) in (Tensor, nn.Parameter) or is_sharded(weight)
+    plain = type(weight) in (Tensor, nn.Parameter) or is_dtensor(weight)
     return plain and weight.dtype in LOGIT_DTYPES
 
 
@@ -375,19 +450,88 @@ def _weight_of(embeddings: Any) -> object:
     return getattr(linear, "weight", None)
 
 
+def _layout_of(weight: Any) -> object:
+    """How a weight lies on the ranks."""
+    return (weight.device_mesh.shape, weight.placements) if is_dtensor(weight) else None
+
+
 def _some_tokens(base: Any, linear: nn.Linear) -> Tensor:
     device = torch.device("cpu") if base.device.type == "meta" else base.device
-    return torch.tensor([list(_TOKENS)], device=device).clamp(max=linear.weight.shape[0] - 1)
+    weight: Any = linear.weight
+    ranks = weight.device_mesh.size() if is_dtensor(weight) else 1
+    count = -(-_TOKENS // ranks) * ranks  # the sequence may be sharded, too
+    tokens = torch.arange(_FIRST_TOKEN, _FIRST_TOKEN + count, device=device)
+    return tokens.clamp(max=weight.shape[0] - 1)[None]
 
 
-def _powers(hidden: Tensor, rows: int) -> Tensor:
-    """Numbers [..., rows] fp32 of both signs; each token has all, and each row many of them."""
-    tokens = hidden.shape[:-1].numel()
-    index = torch.arange(rows, device=hidden.device)
-    index = index + 7 * torch.arange(tokens, device=hidden.device)[:, None]
+def _powers(like: Tensor) -> Tensor:
+    """Numbers [..., V] fp32 of both signs; each token has all, and each row many of them."""
+    tokens, rows = like.shape[:-1].numel(), like.shape[-1]
+    index = torch.arange(rows, device=like.device)
+    index = index + 7 * torch.arange(tokens, device=like.device)[:, None]
     exponent = index % (_LARGEST - _SMALLEST + 1) + _SMALLEST
     numbers = torch.exp2(exponent.float()) * (1 - 2 * (index % 2))
-    return numbers.view(*hidden.shape[:-1], rows)
+    return numbers.view(like.shape)
+
+
+class _Layout(NamedTuple):
+    """How logits [..., V] lie on the ranks."""
+
+    of: Any = None  # a DTensor that lies like that; None where all ranks have all, in plain tensors
+    is_local: bool = False  # plain tensors, each a rank's part
+
+    def lay_out(self, whole: Tensor) -> Any:
+        if self.of is None:
+            return whole
+        from torch.distributed.tensor import DTensor, Replicate
+
+        mesh = self.of.device_mesh
+        x = DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim, run_check=False)
+        x = x.redistribute(placements=self.of.placements)
+        return x.to_local() if self.is_local else x
+
+    def gather(self, logits: Any, found: Found, argument: str) -> Tensor:
+        """Whole logits, on every rank, of what the model has made of some that lie like that."""
+        if not self.is_local or is_dtensor(logits):
+            return _whole(logits)
+        from torch.distributed.tensor import DTensor
+
+        if logits.shape != self.of.to_local().shape:
+            _refuse_output(logits, self.of, found, argument)
+        gathered: Tensor = DTensor.from_local(
+            logits,
+            self.of.device_mesh,
+            self.of.placements,
+            run_check=False,
+            shape=self.of.shape,
+            stride=self.of.stride(),
+        ).full_tensor()
+        return gathered
+
+
+def _layout(output: Any, x: Any, found: Found, argument: str) -> _Layout:
+    """How the output of the head lies on the ranks, which have columns of x as in the weight."""
+    if is_dtensor(output):
+        return _Layout(output)
+    if not is_dtensor(x) or output.shape == x.shape:
+        return _Layout()
+    if output.shape == x.to_local().shape:
+        return _Layout(x, is_local=True)
+    _refuse_output(output, x, found, argument)
+
+
+def _refuse_output(output: Tensor, x: Any, found: Found, argument: str) -> NoReturn:
+    raise ValueError(
+        f"{argument}: expected logits {list(x.shape)} of the lm_head {found.name}, which is "
+        f"sharded as {x.placements}, whole or {list(x.to_local().shape)} of them on this rank, or "
+        f"a DTensor, got {list(output.shape)} from {type(found.base).__name__}"
+    )
+
+
+def _whole(x: Any) -> Tensor:
+    """A tensor that all ranks have whole."""
+    whole: Tensor = x.full_tensor() if is_dtensor(x) else x
+    return whole
 
 
 def _mapped(x: Tensor, scale: float, softcap: float | None) -> Tensor:

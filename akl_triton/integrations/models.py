@@ -16,8 +16,10 @@ from ..divergences import AdaptiveKL, Divergence, resolve
 from ..linear_losses import linear_distillation_loss
 from ..losses import LossAndStats, shifted
 from ..options import MODEL_LOSS_OPTIONS, ModelLossOptions, documented, resolved
+from ..sharding import is_dtensor
 from ..sparse import SparseTeacher
-from .heads import Found, HeadInfo, described, in_place_of, is_sharded, without_cache
+from .columns import of_same_tokens
+from .heads import Found, HeadInfo, described, in_place_of, without_cache
 
 
 @overload
@@ -77,8 +79,10 @@ def distillation_loss_of_models(
     Args:
         student, teacher: causal language models of transformers; the student also within PEFT,
             DistributedDataParallel or torch.compile, or after ``fully_shard``, the teacher
-            likewise. Or a `SparseTeacher` ``[B, L, k]`` in the place of the teacher: the pairs of
-            position i are those that a teacher predicts there, for token i + 1, as its logits are.
+            likewise; one or both may be tensor parallel, with an lm_head that is column-parallel,
+            over the same ranks (docs/trainers/distributed.md). Or a `SparseTeacher` ``[B, L, k]``
+            in the place of the teacher: the pairs of position i are those that a teacher predicts
+            there, for token i + 1, as its logits are.
         inputs: the arguments of both models, such as ``input_ids`` ``[B, L]`` and
             ``attention_mask``. With ``logits_to_keep`` the loss is that of the positions that it
             keeps.
@@ -137,29 +141,29 @@ def distillation_loss_of_models(
         given.get("ignore_index", MODEL_LOSS_OPTIONS["ignore_index"].default),
     )
     student_found, ours = described(student, "student")
+    of_teacher: dict[str, Any]
     if isinstance(teacher, SparseTeacher):
         check_no_other_side(tokenizers, same_vocabulary)
+        teacher_size = None
         of_teacher = {"teacher_hidden": _kept_pairs(teacher, arguments)}
     else:
         teacher_found, theirs = described(teacher, "teacher")
-        sizes = ours.vocab_size, theirs.vocab_size
-        check_vocabularies(*sizes, tokenizers, same_vocabulary, given.get("vocab_size"))
+        teacher_size = theirs.vocab_size
+        check_vocabularies(
+            ours.vocab_size, teacher_size, tokenizers, same_vocabulary, given.get("vocab_size")
+        )
         of_teacher = _teacher_side(teacher, teacher_found, theirs, arguments)
 
     def loss(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
         moved = {name: _on(hidden.device, x) for name, x in (of_teacher | of_tokens).items()}
-        known: dict[str, Any] = {
-            "student_bias": None if bias is None else _rows(bias, ours),
-            "student_logit_scale": ours.scale,
-            "student_softcap": ours.softcap,
-            **moved,
-        }
+        sides = {"student_weight": weight, "student_bias": bias, **moved}
         return linear_distillation_loss(
             hidden,
-            _rows(weight, ours),
             divergence=member,
             return_stats=return_stats,
-            **known,
+            student_logit_scale=ours.scale,
+            student_softcap=ours.softcap,
+            **of_same_tokens(sides, ours.vocab_size, teacher_size),
             **given,
         )
 
@@ -337,11 +341,12 @@ def _teacher_side(
 ) -> dict[str, Any]:
     """The arguments of `linear_distillation_loss` that are of the teacher."""
 
-    gathered = is_sharded(found.linear.weight)  # for the forward, and freed at its end
+    outer = found.linear.weight
 
     def parts(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor | None, ...]:
-        mine = [None if x is None else _rows(x.detach(), info) for x in (weight, bias)]
-        if gathered:
+        mine = [None if x is None else x.detach() for x in (weight, bias)]
+        if is_dtensor(outer) and found.linear.weight is not outer:
+            # Gathered for the forward, by FSDP2, and freed at its end.
             mine = [None if x is None else x.clone() for x in mine]
         return hidden, *mine
 
@@ -362,8 +367,3 @@ def _teacher_side(
         "teacher_logit_scale": info.scale,
         "teacher_softcap": info.softcap,
     }
-
-
-def _rows(x: Tensor, info: HeadInfo) -> Tensor:
-    """The rows of a weight or bias that are of the vocabulary, and no padding."""
-    return x if len(x) == info.vocab_size else x[: info.vocab_size]

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from ..divergences import AdaptiveKL, Divergence, resolve
 from ..losses import distillation_loss, shifted
 from ..options import MODEL_LOSS_OPTIONS, resolved
+from ..sharding import is_dtensor
 from ..sparse import SparseTeacher, check_supported
-from .heads import described, innermost, is_sharded
+from .heads import described, innermost
 from .models import check_no_other_side, check_vocabularies, distillation_loss_of_models
 from .pairs import COLUMNS, TEMPERATURE, teacher_of
 
@@ -370,7 +371,7 @@ def _known_statistics(divergence: Divergence, kd_ratio: float) -> list[str]:
 def _placed(teacher: nn.Module, device: torch.device) -> nn.Module:
     """The teacher on the device, unless others have placed its parts."""
     mapped = getattr(teacher, "hf_device_map", None) is not None
-    return teacher if mapped or any(map(is_sharded, teacher.parameters())) else teacher.to(device)
+    return teacher if mapped or any(map(is_dtensor, teacher.parameters())) else teacher.to(device)
 
 
 def _valid(inputs: Mapping[str, Any]) -> Tensor:
