@@ -37,7 +37,14 @@ Kind = Literal["triton", "eager", "compiled"]
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 OURS = "akl-triton"
-VERSIONS = {"liger-kernel": "0.8.5", "speculators": "0.9.0", "trl": "1.16.0"}
+VERSIONS = {
+    "liger-kernel": "0.8.5",
+    "megatron-core": "0.16.1",
+    "nemo-automodel": "0.7.0",
+    "nvidia-modelopt": "0.47.0",
+    "speculators": "0.9.0",
+    "trl": "1.16.0",
+}
 
 
 def installed(package: str) -> str | None:

@@ -24,6 +24,8 @@ QUESTIONS = {
     "convergence": "How right is every divergence as the student nears the teacher?",
     "linear": "What do the losses of hidden states hold and take, compared with others?",
     "trainer_step": "What does a step of a Trainer hold and take, with TRL's losses and with ours?",
+    "vocabulary_parallel": "Which losses of sharded logits are right on all ranks? What is sent?",
+    "sharded_heads": "Are all heads of sharded logits right, and what do the ranks exchange?",
     "sparse": "How far are the gradients of k pairs from the dense ones, and what do they cost?",
     "offline": "How many bytes does a teacher's token take on disk, and how fast is it read?",
     "floor": "Which time can no GPU beat, by the stored figures of the others?",

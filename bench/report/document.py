@@ -22,6 +22,8 @@ SECTIONS = {
     "convergence": "Errors near convergence",
     "linear": "Fused linear: peak memory and time",
     "trainer_step": "A step of a Trainer: TRL's losses and ours",
+    "sharded_heads": "Adaptive KL over shards of the vocabulary: heads, and exchanges",
+    "vocabulary_parallel": "Logits sharded over the vocabulary: gradients, and what is sent",
     "sparse": "Teachers of k pairs: errors of gradients, and costs",
     "offline": "Teachers on disk: bytes a token",
     "floor": "Floors",

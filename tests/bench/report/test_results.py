@@ -23,6 +23,8 @@ FIGURES = {
     "convergence": "gradient_error",
     "linear": "peak_bytes",
     "trainer_step": "loss_peak_bytes",
+    "sharded_heads": "bytes",
+    "vocabulary_parallel": "bytes",
     "sparse": "compulsory",
     "offline": "bytes",
     "floor": "nanoseconds",
