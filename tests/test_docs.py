@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 import akl_triton
-from akl_triton import divergences, linear_losses, losses, modules, reference
+from akl_triton import divergences, linear_losses, losses, modules, reference, sharding
 from akl_triton.cli import build_parser
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -23,7 +23,9 @@ README = (ROOT / "README.md").read_text()
 
 
 @pytest.mark.parametrize(
-    "module", [divergences, losses, linear_losses, modules, reference], ids=lambda m: m.__name__
+    "module",
+    [divergences, losses, linear_losses, modules, reference, sharding],
+    ids=lambda m: m.__name__,
 )
 def test_examples_of_docstrings(module: ModuleType) -> None:
     results = doctest.testmod(module, extraglobs={"torch": torch})
