@@ -19,7 +19,7 @@ from akl_triton import AdaptiveKL
 from akl_triton.divergences import Rule
 from akl_triton.kernels.layout import STATISTICS
 from akl_triton.verify import exact, faults, head_faults
-from bench.inputs.lockstep import run_ranks
+from bench.inputs.lockstep import Ranks, run_ranks
 from bench.inputs.real_logits import real_logits
 from bench.lab import ptxcpu
 from bench.report.tables import table
@@ -34,7 +34,7 @@ MEETING = 1  # exchange before all others, of what the ranks were called with
 MOST_EXCHANGES = {("bfloat16", 1.0): 5, ("bfloat16", 2.0): 5, ("bfloat16", 4.0): 6}
 MOST_EVER = {"bfloat16": 11, "float32": 16}
 MOST_BYTES = 300.0
-MOST_ERROR = 1e-6  # of a loss, where that is less than 1, and of a gradient, of its largest entry
+MOST_ERROR = 1e-6  # relative: of a loss above 1, and of the largest entry of a gradient in fp32
 
 
 def collect(rows: int = 256) -> dict[str, Any]:
@@ -51,68 +51,85 @@ def collect(rows: int = 256) -> dict[str, Any]:
 def of_case(
     student: Tensor, teacher: Tensor, backend: str, dtype: str, temperature: float, ranks: int
 ) -> dict[str, Any]:
-    """The faults of all rules of heads and ties, the largest errors, and the most exchanges; of the
-    PyTorch backend those of the first rules."""
+    """The faults of the heads by all rules, of the PyTorch backend by the first; and by the first
+    rules those of loss and gradient, their largest errors, and what is exchanged."""
     sides = student.to(getattr(torch, dtype)), teacher.to(getattr(torch, dtype))
-    wanted = RULES if backend == "triton" else RULES[:1]
-    rules = [of_rule(*sides, backend, temperature, ranks, *rule) for rule in wanted]
-    largest = {name: max(rule[name] for rule in rules) for name in rules[0] if name != "faults"}
+    lines: list[str] = []
+    first: dict[str, Any] = {}
+    for head, ties in RULES if backend == "triton" else RULES[:1]:
+        divergence = AdaptiveKL(head=head, ties=ties)  # type: ignore[arg-type]
+        found = on_ranks(*sides, divergence, backend, temperature, ranks)
+        lines += faults_of_heads(*sides, divergence, temperature, found)
+        if not first:
+            first = of_loss(*sides, divergence, temperature, found)
+            lines += first.pop("faults")
+            alone = on_ranks(*sides, divergence, backend, temperature, ranks, with_stats=False)
+            first |= {"exchanges": MEETING + alone.rounds, "bytes": alone.bytes_of_row}
     return {
         "backend": backend,
         "dtype": dtype,
         "temperature": temperature,
         "ranks": ranks,
-        "faults": [fault for rule in rules for fault in rule["faults"]],
-        **largest,
+        "faults": lines,
+        **first,
     }
 
 
-def of_rule(
+def on_ranks(
     student: Tensor,
     teacher: Tensor,
+    divergence: AdaptiveKL,
     backend: str,
     temperature: float,
     ranks: int,
-    head: Any,
-    ties: Any,
-) -> dict[str, Any]:
-    divergence = AdaptiveKL(head=head, ties=ties)
+    with_stats: bool = True,
+) -> Ranks:
     widths = [len(part) for part in torch.arange(student.shape[1]).tensor_split(ranks)]
-    upstream = torch.ones(len(student))
-    rule = Rule(divergence, temperature)
+    kernels = ptxcpu.active(arch=90) if backend == "triton" else contextlib.nullcontext()
+    with kernels:
+        return run_ranks(
+            student,
+            teacher,
+            widths,
+            Rule(divergence, temperature),
+            backend=backend,
+            upstream=torch.ones(len(student)),
+            with_stats=with_stats,
+        )
 
-    def run(with_stats: bool) -> Any:
-        kernels = ptxcpu.active(arch=90) if backend == "triton" else contextlib.nullcontext()
-        with kernels:
-            return run_ranks(
-                student, teacher, widths, rule,
-                backend=backend, upstream=upstream, with_stats=with_stats,
-            )  # fmt: skip
 
-    found = run(with_stats=True)
-    of_all = found.results[0]
-    stats = dict(zip(STATISTICS, of_all.stats.unbind(1), strict=True))
-    claims = {name: stats[name] for name in ("head_size", "head_mass", "forward_weight")}
+def stats_of(found: Ranks) -> dict[str, Tensor]:
+    return dict(zip(STATISTICS, found.results[0].stats.unbind(1), strict=True))
+
+
+def faults_of_heads(
+    student: Tensor, teacher: Tensor, divergence: AdaptiveKL, temperature: float, found: Ranks
+) -> list[str]:
+    stats = stats_of(found)
+    claims: dict[str, Any] = {
+        name: stats[name] for name in ("head_size", "head_mass", "forward_weight")
+    }
     lines = head_faults(student, teacher, temperature=temperature, **vars(divergence), **claims)
-    of = exact(
-        divergence, student, teacher, temperature=temperature, size=stats["head_size"],
-        forward_weight=stats["forward_weight"], gap=stats["gap"],
-    )  # fmt: skip
-    gradient = torch.cat(found.gradients, dim=-1)
-    lines += faults(of_all.loss, gradient, of)
-    if any(not torch.equal(result.loss, of_all.loss) for result in found.results):
+    if any(not torch.equal(x.loss, found.results[0].loss) for x in found.results):
         lines.append("the ranks have other losses")
-    loss, slope = of.oracle.loss, of.oracle.grad
+    return [f"{divergence}: {line}" for line in lines]
+
+
+def of_loss(
+    student: Tensor, teacher: Tensor, divergence: AdaptiveKL, temperature: float, found: Ranks
+) -> dict[str, Any]:
+    """The faults of loss and gradient, and their largest errors."""
+    stats, loss = stats_of(found), found.results[0].loss
+    of_head: dict[str, Any] = {name: stats[name] for name in ("forward_weight", "gap")}
+    of_head["size"] = stats["head_size"]
+    of = exact(divergence, student, teacher, temperature=temperature, **of_head)
+    gradient = torch.cat(found.gradients, dim=-1)
+    right, slope = of.oracle.loss, of.oracle.grad
     off = (gradient.double() - slope).abs().amax(1) / slope.abs().amax(1).clamp(min=1e-30)
-    without = run(with_stats=False)
     return {
-        "faults": lines,
-        "loss_error": float(
-            ((of_all.loss.double() - loss).abs() / loss.abs().clamp(min=1.0)).max()
-        ),
+        "faults": faults(loss, gradient, of),
+        "loss_error": float(((loss.double() - right).abs() / right.abs().clamp(min=1.0)).max()),
         "gradient_error": float(off.max()),
-        "exchanges": MEETING + without.rounds,
-        "bytes": without.bytes_of_row,
     }
 
 
@@ -137,12 +154,11 @@ def markdown(data: dict[str, Any]) -> str:
     )
     return (
         f"Adaptive KL of {data['rows']} rows of real logits, V = {data['vocabulary']:,}, whose "
-        "vocabulary is sharded: of the kernels the largest of both rules of the head and both of "
-        "ties. Faults are "
-        "those of heads, losses and gradients by akl_triton.verify; errors are of the loss, where "
-        "it is below 1, and of the gradient, of a row's largest entry (bf16 logits have bf16 "
-        "gradients). Exchanges are those of a batch, with the first, and bytes what a rank sends "
-        "for a row.\n\n" + table(headings, rows)
+        "vocabulary is sharded. Faults are those of losses, gradients and heads by "
+        "akl_triton.verify, of the kernels with both rules of the head and both of ties. Errors "
+        "are relative, of losses above 1 and of the largest entry of a row's gradient (that of "
+        "bf16 logits is bf16). Exchanges are those of a batch, with the first, and bytes what a "
+        "rank sends for a row.\n\n" + table(headings, rows)
     )
 
 
