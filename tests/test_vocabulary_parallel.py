@@ -134,6 +134,42 @@ def test_a_teacher_whose_vocabulary_ends_before_the_columns_of_a_rank(ranks: Ran
     torch.testing.assert_close(gradient, leaf.grad, rtol=1e-5, atol=1e-7)
 
 
+def of_fp16(group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor]:
+    """(loss, this rank's gradient), which is written before its loss scale is known."""
+    student, teacher, _ = logits()
+    own = slice(None) if group is None else columns_of(group)
+    leaf = student[:, own].half().requires_grad_()
+    loss = adaptive_kl(leaf * 1, teacher[:, own].half(), inplace=True, group=group)
+    (loss * 1024.0).backward()
+    assert leaf.grad is not None
+    return loss.detach(), leaf.grad
+
+
+def test_fp16_in_place(ranks: Ranks) -> None:
+    loss, gradient = of_fp16(None)
+    results = ranks.run(4, of_fp16)
+    torch.testing.assert_close(results[0][0], loss, rtol=2e-6, atol=1e-6)
+    ours = torch.cat([x for _, x in results], dim=-1)
+    rounding = float(gradient.abs().max()) * 2**-11
+    torch.testing.assert_close(ours, gradient, rtol=2e-3, atol=rounding)
+
+
+def test_interpreted_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through the door, in processes of their own. Few tokens count: the interpreter is slow."""
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    two = Ranks(2)
+    options: dict[str, Any] = {"mask": torch.arange(N) % 6 == 1, "kd_ratio": 0.5}
+    try:
+        of_kernels = two.run(2, of_logits, AdaptiveKL(), {**options, "backend": "triton"})
+        of_torch = two.run(2, of_logits, AdaptiveKL(), {**options, "backend": "torch"})
+    finally:
+        two.stop()
+    for (loss, gradient, _), (expected, exact, _) in zip(of_kernels, of_torch, strict=True):
+        torch.testing.assert_close(loss, expected, rtol=2e-6, atol=1e-6)
+        torch.testing.assert_close(gradient, exact, rtol=1e-5, atol=1e-6)
+
+
 H_S, H_T = 16, 24
 
 
