@@ -170,3 +170,43 @@ def rows_of_odd_shards() -> tuple[Tensor, Tensor]:
 def test_shards_that_have_nothing(divergence: Divergence, backend: str) -> None:
     check(divergence, backend, {}, rows_of_odd_shards())
     check(divergence, backend, {}, rows_of_odd_shards(), inplace=True)
+
+
+def rows_of_close_logits(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Rows that leave a search no hold: keys that are dense near 0, or all next to others."""
+    g = torch.Generator().manual_seed(0)
+    uniform, noise = torch.rand(V_T, generator=g), torch.randn(V_T, generator=g)
+    near_0 = torch.exp(-60.0 * uniform)
+    teacher = torch.stack(
+        (
+            near_0,
+            near_0 * noise.sign(),
+            torch.exp(torch.linspace(-80.0, 3.0, V_T)),
+            1e-6 * noise,
+            8.0 + 1e-2 * noise,
+            1e4 * torch.tanh(noise),
+            torch.where(uniform < 0.01, 5.0, -1e4) + 1e-5 * noise,
+        )
+    )
+    student = torch.randn(len(teacher), V_S, generator=g)
+    return student.to(dtype), teacher.to(dtype)
+
+
+@pytest.mark.skipif(INTERPRETER, reason="the PyTorch backend")
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("mu", [0.01, 0.3, 0.999])
+@pytest.mark.parametrize(
+    "dtype, most", [(torch.bfloat16, 11), (torch.float16, 11), (torch.float32, 16)]
+)
+def test_the_most_exchanges(
+    dtype: torch.dtype, most: int, mu: float, softcap: float | None
+) -> None:
+    """With that of `meet`: three guesses, then as many rounds as 17 parts a time take."""
+    student, teacher = rows_of_close_logits(dtype)
+    options = {"teacher_softcap": softcap, "temperature": 0.25}
+    rule = rule_of(AdaptiveKL(mu=mu), completed(LOSS_OPTIONS, options))
+    ranks = run_ranks(
+        student, teacher, WIDTHS, rule, backend="torch", upstream=torch.ones(len(student)),
+        widths_t=WIDTHS_T,
+    )  # fmt: skip
+    assert 1 + ranks.rounds <= most
