@@ -156,7 +156,8 @@ def _store_head(
     """The key from which on all tokens are candidates, the candidates, and the masses above.
 
     These masses are summed where the candidates that are proven have less than mu of the shard, so
-    that they are likely to be asked for more. Elsewhere they stay 0 but for the candidates'."""
+    that more is likely to be asked for. Elsewhere the slot maxima have to do, which then hide
+    little."""
     dtype: tl.constexpr = t_row.dtype.element_ty
     columns = tl.arange(0, BLOCK)
     # What has a base has no mass in units of Z here.
@@ -183,17 +184,19 @@ def _store_head(
     stride = STRIDE / steepness_of(scale, gain)
     masses = out + 1 + CANDIDATES
     is_enough = known_mass > mu * z
+    slot_mass = mass_of(slots, scale, gain, reference)
     for half in tl.static_range(2):
-        sums_above = ()
-        for _ in tl.static_range(HALF):
-            sums_above = sums_above + (0.0,)
+        above = ()
+        for j in tl.static_range(HALF):
+            is_above = slots > top - (half * HALF + j + 1) * stride
+            above = above + (tl.where(is_above, slot_mass, 0.0),)
+        above = sums(above)
         if is_enough == 0:
-            sums_above = _masses_above(
+            above = _masses_above(
                 t_row, lead, end, scale, gain, reference, top, half * HALF, stride, BLOCK
             )
         for j in tl.static_range(HALF):
-            of_all = sums_above[j] / z
-            tl.store(masses + half * HALF + j, tl.where(is_enough, known_mass / z, of_all))
+            tl.store(masses + half * HALF + j, above[j] / z)
 
 
 @triton.jit
