@@ -28,7 +28,7 @@ def statistics_kernel(
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     (
-        reference_t, z_t, reference_s, z_s, reference_1, z_1, slots, top, hidden,
+        reference_t, z_t, reference_s, z_s, reference_1, z_1, slots, top, _, hidden,
         forward_kl, reverse_kl, kept_p, kept_q, entropy_t, entropy_s, agreement, full_end,
     ) = row_statistics(
         t_ptr, s_ptr, 0, V, V, scale, None, scale, None, LOG2E, apart,
