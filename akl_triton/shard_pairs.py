@@ -22,17 +22,16 @@ from torch import Tensor
 
 from .backend import Backend, ShardSweeps, backend_of, shard_sweeps_of
 from .divergences import Rule
-from .exchange import run
 from .kernels.layout import ABSENT, LARGEST_LOGIT, LARGEST_REFERENCE, OF_STUDENT_WIDTH
 from .pairs import gradient_of_entries, loss_of_entries
 from .rows import PairState, RowResult
-from .shards import Shards, Steps
+from .shards import OfSteps, Shards, Steps
 
 LN2 = math.log(2.0)
 _MASSES = 3  # of `ShardSweeps.pair_masses`; each is sent as two numbers
 
 
-class BackendOfShardedPairs:
+class BackendOfShardedPairs(OfSteps):
     """`Backend.forward` and `Backend.backward` of this rank's columns, for ids and teacher as
     `BackendOfPairs` has them, of the whole vocabulary. All ranks have to make the same calls."""
 
@@ -40,34 +39,6 @@ class BackendOfShardedPairs:
         self.backend: Backend = backend_of(name)
         self.sweeps: ShardSweeps = shard_sweeps_of(name)
         self.shards, self.group, self.ids = shards, group, ids
-
-    def forward(
-        self,
-        student: Tensor,
-        teacher: Tensor,
-        valid: Tensor | None,
-        labels: Tensor | None,
-        rule: Rule,
-        result: RowResult,
-        *,
-        upstream: Tensor | None = None,
-        gradient: Tensor | None = None,
-        damped: bool = False,
-    ) -> None:
-        run(
-            self.steps(
-                student,
-                teacher,
-                valid,
-                labels,
-                rule,
-                result,
-                upstream=upstream,
-                gradient=gradient,
-                damped=damped,
-            ),
-            self.group,
-        )
 
     def steps(
         self,

@@ -21,8 +21,8 @@ travel is in exchange.py.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Generator
-from typing import NamedTuple, TypeAlias
+from collections.abc import Callable, Generator
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -73,7 +73,17 @@ class Shards(NamedTuple):
         return place.where(here, -1)
 
 
-class BackendOfShards:
+class OfSteps:
+    """`Backend.forward` of one whose work is a generator, `steps`, of the same arguments."""
+
+    group: str
+    steps: Callable[..., Steps]
+
+    def forward(self, *inputs: Any, **options: Any) -> None:
+        run(self.steps(*inputs, **options), self.group)
+
+
+class BackendOfShards(OfSteps):
     """`Backend.forward` and `Backend.backward` of this rank's columns, in the group of that name.
 
     All its ranks have to make the same calls."""
@@ -81,34 +91,6 @@ class BackendOfShards:
     def __init__(self, name: str, shards: Shards, group: str) -> None:
         self.sweeps: ShardSweeps = shard_sweeps_of(name)
         self.shards, self.group = shards, group
-
-    def forward(
-        self,
-        student: Tensor,
-        teacher: Tensor,
-        valid: Tensor | None,
-        labels: Tensor | None,
-        rule: Rule,
-        result: RowResult,
-        *,
-        upstream: Tensor | None = None,
-        gradient: Tensor | None = None,
-        damped: bool = False,
-    ) -> None:
-        run(
-            self.steps(
-                student,
-                teacher,
-                valid,
-                labels,
-                rule,
-                result,
-                upstream=upstream,
-                gradient=gradient,
-                damped=damped,
-            ),
-            self.group,
-        )
 
     def steps(
         self,
